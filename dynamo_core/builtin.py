@@ -1,0 +1,56 @@
+"""The core's own components, registered by the same hook as anybody else's."""
+
+from __future__ import annotations
+
+from dynamo_core.hookspecs import hookimpl
+from dynamo_core.plugins import Registry
+
+
+@hookimpl
+def dynamo_register(registry: Registry) -> None:
+    registry.discovery("memory", "dynamo_core.discovery.memory:MemoryDiscovery", summary="inside one process")
+    registry.discovery("file", "dynamo_core.discovery.file:FileDiscovery", summary="a directory that the processes share")
+    registry.event_plane("in-process", "dynamo_core.events.inprocess:InProcessEvents", summary="inside one process")
+    registry.event_plane("zmq", "dynamo_core.events.zmq:ZmqEvents", summary="every publisher binds a socket and advertises it")
+    registry.request_plane("in-process", "dynamo_core.transport.inprocess:InProcessPlane", summary="inside one process")
+    registry.request_plane("tcp", "dynamo_core.transport.tcp:TcpPlane", summary="one multiplexed connection a pair, step-batched")
+    registry.request_plane("http", "dynamo_core.transport.http:HttpPlane", summary="HTTP/1.1 streaming, for networks that allow nothing else")
+    registry.engine("echo", "dynamo_core.engines.echo:EchoEngine", summary="answers with the prompt")
+    registry.http_server("hypercorn", "dynamo_core.frontend.servers.hypercorn:HypercornServer", summary="HTTP/1.1 and HTTP/2, TLS, mTLS")
+    registry.http_server("granian", "dynamo_core.frontend.servers.granian:GranianServer", summary="less CPU per token; pip install dynamo-core[granian]")
+
+    for name, target, summary in (
+        ("ready", "filters:Ready", "drops workers that are inhibited, draining or not yet proven"),
+        ("not-failed", "filters:NotFailed", "drops workers that failed this request before"),
+        ("not-full", "filters:NotFull", "drops workers over a share of their capacity"),
+        ("pinned", "filters:Pinned", "keeps only the instance that the caller asked for"),
+        ("taints", "filters:Taints", "keeps workers that have the required taints"),
+    ):
+        registry.filter(name, f"dynamo_core.routing.{target}", summary=summary)
+    for name, target, summary in (
+        ("turn", "scorers:Turn", "prefers the worker whose turn is longest ago"),
+        ("load", "scorers:LeastLoad", "prefers the worker with the fewest requests in progress"),
+        ("preferred-taints", "scorers:PreferredTaints", "prefers or avoids workers by taint"),
+    ):
+        registry.scorer(name, f"dynamo_core.routing.{target}", summary=summary)
+    for name, target, summary in (
+        ("best", "pickers:Best", "the highest total; ties by the dice"),
+        ("softmax", "pickers:Softmax", "by chance, weighted by total; temperature 0 is `best`"),
+        ("uniform", "pickers:Uniform", "by chance, all alike"),
+        ("power-of-two", "pickers:PowerOfTwo", "the better of two by chance"),
+    ):
+        registry.picker(name, f"dynamo_core.routing.{target}", summary=summary)
+    for name, target, summary in (
+        ("round-robin", "presets:RoundRobin", "every worker in turn"),
+        ("random", "presets:Random", "any worker"),
+        ("least-loaded", "presets:LeastLoaded", "the worker with the fewest requests in progress"),
+        ("power-of-two", "presets:PowerOfTwoChoices", "two at random, the less loaded of them"),
+        ("direct", "presets:Direct", "the worker that the caller names, or an error"),
+    ):
+        registry.policy(name, f"dynamo_core.routing.{target}", summary=summary)
+    for name, target, summary in (
+        ("fleet", "providers:FleetFacts", "who is there: taints, capacity, inhibition, turn"),
+        ("bookings", "providers:Bookings", "what this process has sent and not yet seen end"),
+        ("engine-load", "providers:EngineLoad", "what the engines report of themselves"),
+    ):
+        registry.facts(name, f"dynamo_core.routing.{target}", summary=summary)

@@ -1,0 +1,179 @@
+"""The configuration file, as attrs classes. Defaults are written here and nowhere else.
+
+    namespace = "dynamo"
+
+    [discovery]
+    use = "file"                      # `use` names the component; the other keys are its own options
+
+    [frontend]
+    port = 8000
+
+    [router]
+    use = "least-loaded"              # a preset, or a stack: filters, scorers, picker
+
+    [[workers]]
+    count = 2
+    engine = { use = "llamacpp", slots = 4 }
+
+A field of type `Use` is a choice of component. Its options are checked against the component's own attrs class when the
+configuration is loaded, so that a mistake in a plugin's option is found at the same time as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NewType
+
+import attrs
+from attrs import validators as v
+
+Secret = NewType("Secret", str)
+"""A value that is written as `file:/path` or `env:NAME`, and that is never printed."""
+
+
+@attrs.frozen
+class Use:
+    """A component chosen by name, and its options as written."""
+
+    name: str
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+    where: str = attrs.field(default="", eq=False)
+    """`path:line` of the table, for errors."""
+    weight: float = 1.0
+    """Of a scorer; everything else ignores it."""
+
+
+def choice(kind: str, default: str | None = None, **options: Any) -> Any:
+    """A field that chooses a component of `kind`."""
+    if default is None:
+        return attrs.field(default=None, metadata={"kind": kind})
+    return attrs.field(factory=lambda: Use(default, options), metadata={"kind": kind})
+
+
+def _positive(default: float) -> Any:
+    return attrs.field(default=default, validator=v.gt(0))
+
+
+@attrs.frozen
+class Tls:
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+    """With it, clients must present a certificate that it signed (mTLS)."""
+
+
+@attrs.frozen
+class Frontend:
+    host: str = "127.0.0.1"
+    port: int = attrs.field(default=8000, validator=[v.ge(0), v.le(65535)])
+    processes: int = attrs.field(default=1, validator=[v.ge(1), v.le(64)])
+    """More than one share the port (SO_REUSEPORT), each with its own router."""
+    http_server: Use = choice("http_server", "hypercorn")
+    authenticator: Use | None = choice("authenticator")
+    rate_limiter: Use | None = choice("rate_limiter")
+    tls: Tls | None = None
+    max_body_bytes: int = attrs.field(default=32 * 2**20, validator=v.ge(1024))
+    max_requests: int = attrs.field(default=10_000, validator=v.ge(1))
+    """Requests in progress; one more is answered 529."""
+    request_timeout: float = _positive(600.0)
+    """Seconds from arrival to the end of the answer."""
+    first_token_timeout: float = _positive(300.0)
+    drain_timeout: float = _positive(30.0)
+    direct_routing: bool = True
+    """Clients may pin a request to an instance."""
+    debug_routes: bool = True
+    """`/debug/...`: decisions, workers, configuration. No prompts and no secrets."""
+
+
+@attrs.frozen
+class Status:
+    """The status endpoint of roles without an HTTP surface of their own: /health /live /metrics."""
+
+    host: str = "127.0.0.1"
+    port: int = attrs.field(default=0, validator=[v.ge(0), v.le(65535)])
+    """0: any free port (it is registered in discovery and logged)."""
+    enabled: bool = True
+
+
+@attrs.frozen
+class Worker:
+    engine: Use = choice("engine", "echo")
+    name: str = attrs.field(default="backend", validator=v.matches_re(r"[a-z0-9][a-z0-9_-]*"))
+    """The component name in `namespace.component.endpoint`."""
+    count: int = attrs.field(default=1, validator=v.ge(0))
+    """How many processes `dynamo up` starts."""
+    role: str | None = attrs.field(default=None, validator=v.optional(v.in_(["aggregated", "prefill", "decode", "encode"])))
+    served_name: str | None = None
+    """The model name that clients use, instead of the engine's own."""
+    max_requests: int = attrs.field(default=1024, validator=v.ge(1))
+    """Requests in progress on one worker; one more gets a migratable overload error."""
+    drain_timeout: float = _positive(30.0)
+    canary_interval: float = _positive(10.0)
+    """Seconds of silence after which the engine is probed."""
+    canary_timeout: float = _positive(10.0)
+
+
+@attrs.frozen
+class Router:
+    """A preset (`use`) or a stack. A role's table (`[router.prefill]`) replaces the whole table for that role."""
+
+    use: Use | None = choice("policy")
+    filters: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "filter"})
+    scorers: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "scorer", "reserved": ("weight",)})
+    """Each may carry a `weight` (1.0), beside its own options."""
+    picker: Use | None = choice("picker")
+    temperature: float | None = attrs.field(default=None, validator=v.optional(v.ge(0)))
+    """Shorthand: `picker = { use = "softmax", temperature = ... }`."""
+    facts: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "facts"})
+    """Options of fact providers; those that a stack needs are added by themselves."""
+    seed: int = 0
+    decisions: int = attrs.field(default=4096, validator=v.ge(0))
+    """How many decision records to keep."""
+    prefill: Router | None = None
+    decode: Router | None = None
+    encode: Router | None = None
+
+
+@attrs.frozen
+class Migration:
+    limit: int = attrs.field(default=3, validator=v.ge(0))
+    """How often one request may move to another worker; 0 turns migration off."""
+    wait: float = attrs.field(default=15.0, validator=v.ge(0))
+    """Seconds to wait for a replacement when no other worker is there."""
+    inhibit: float = _positive(5.0)
+    """Seconds for which a worker that failed a request is avoided."""
+
+
+@attrs.frozen
+class Observability:
+    log_level: str = attrs.field(default="info", validator=v.in_(["debug", "info", "warning", "error"]))
+    log_format: str = attrs.field(default="auto", validator=v.in_(["auto", "console", "json"]))
+    """`auto`: console on a terminal, JSON otherwise."""
+    otlp_endpoint: str | None = None
+    """Traces go here (OTLP over HTTP); off when unset."""
+    trace_ratio: float = attrs.field(default=1.0, validator=[v.ge(0), v.le(1)])
+
+
+@attrs.frozen
+class PluginSettings:
+    disabled: tuple[str, ...] = ()
+    """Entry point or distribution names."""
+
+
+@attrs.frozen
+class Config:
+    namespace: str = attrs.field(default="dynamo", validator=v.matches_re(r"[a-z0-9][a-z0-9_-]*"))
+    host: str = "127.0.0.1"
+    """The address under which the other machines of the fleet reach this one."""
+    lease_ttl: float = _positive(10.0)
+    discovery: Use = choice("discovery", "file")
+    request_plane: Use = choice("request_plane", "tcp")
+    event_plane: Use = choice("event_plane", "zmq")
+    frontend: Frontend = attrs.field(factory=Frontend)
+    router: Router = attrs.field(factory=Router)
+    migration: Migration = attrs.field(factory=Migration)
+    workers: tuple[Worker, ...] = ()
+    status: Status = attrs.field(factory=Status)
+    observability: Observability = attrs.field(factory=Observability)
+    plugins: PluginSettings = attrs.field(factory=PluginSettings)

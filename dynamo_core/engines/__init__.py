@@ -1,0 +1,16 @@
+"""Engines: token in, token out. The contract is in `contract.py`; `echo` is built in."""
+
+from dynamo_core.engines.contract import (
+    BlocksCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Controls,
+    Drains,
+    Engine,
+    EngineContext,
+    HasArtifacts,
+    KvEvent,
+    Probes,
+)
+
+__all__ = ["BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "KvEvent", "Probes"]

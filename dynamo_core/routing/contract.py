@@ -1,0 +1,229 @@
+"""What a routing policy sees and what it must do: columns in, columns out, no I/O.
+
+A policy never sees worker objects. It sees a `Fleet`: the candidate workers of one decision as rows, and the facts about
+them as columns. Filters return reasons, scorers return one value per row, a picker picks a row. All of them are
+synchronous and pure over their inputs; whatever has state (bookings, the KV index) is a fact provider.
+
+    R1  Facts are declared: `needs` lists what a policy reads, and reading anything else raises `UndeclaredFact`.
+    R2  A scorer returns one finite number for each row; higher is better. `scale = "unit"` means 0 to 1 (values outside
+        are clamped); `scale = "raw"` means any unit, such as milliseconds saved, which the scorer documents.
+    R3  The order of rows means nothing: permuting the fleet permutes the scores.
+    R4  Inputs are not written to.
+    R5  A filter names the rows that must not serve the request, each with a reason; it never adds rows.
+    R6  Randomness comes from the `Dice` alone, so that a recorded decision repeats exactly.
+    R7  A policy that raises, or returns the wrong length or not-a-number, is skipped for that decision and counted
+        under its name; the request goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import attrs
+
+from dynamo_core.cards import ModelCard, Role
+from dynamo_core.errors import UndeclaredFact
+from dynamo_core.types import Hints, Instance
+
+T = TypeVar("T")
+
+
+class Worker(NamedTuple):
+    """A row of the fleet: one data-parallel rank of one instance."""
+
+    instance: int
+    dp_rank: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.instance & 0xFFFFFF:06x}" + (f"/{self.dp_rank}" if self.dp_rank else "")
+
+
+@attrs.frozen(eq=False)
+class Fact(Generic[T]):
+    """A named, typed measurement of every worker. Two facts are one fact when their names agree."""
+
+    name: str
+    type: type[T]
+    unit: str = "1"
+    doc: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fact) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@attrs.frozen
+class RoutingRequest:
+    """What policies may know about a request."""
+
+    id: str
+    model: str
+    token_ids: Sequence[int] = ()
+    """The prompt. Empty in a recorded decision: its length is `prompt_tokens`."""
+    prompt_tokens: int = 0
+    role: Role = "aggregated"
+    """Which kind of worker is wanted."""
+    hints: Hints = Hints()
+    adapter: str | None = None
+    cache_salt: str | None = None
+    max_tokens: int | None = None
+    failed: tuple[Worker, ...] = ()
+    """Workers that have already failed this request."""
+
+
+class Fleet:
+    """The candidate workers of one decision: `fleet[FACT]` is a column, row i belongs to `fleet.workers[i]`."""
+
+    __slots__ = ("_columns", "_needs", "_policy", "workers")
+
+    def __init__(self, workers: Sequence[Worker], columns: Mapping[Fact[Any], Sequence[Any]], policy: str = "", needs: frozenset[Fact[Any]] | None = None) -> None:
+        self.workers = workers
+        self._columns = columns
+        self._policy = policy
+        self._needs = needs
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def __getitem__(self, fact: Fact[T]) -> Sequence[T]:
+        if self._needs is not None and fact not in self._needs:
+            raise UndeclaredFact(self._policy, fact.name)
+        return self._columns[fact]
+
+    @property
+    def columns(self) -> Mapping[Fact[Any], Sequence[Any]]:
+        return self._columns
+
+    def seen_by(self, policy: str, needs: frozenset[Fact[Any]]) -> Fleet:
+        """The same rows, confined to the facts that `policy` declared."""
+        return Fleet(self.workers, self._columns, policy, needs)
+
+    def take(self, rows: Sequence[int]) -> Fleet:
+        return Fleet([self.workers[i] for i in rows], {fact: [column[i] for i in rows] for fact, column in self._columns.items()}, self._policy, self._needs)
+
+
+class Dice:
+    """The randomness of one decision, repeatable from its seed (splitmix64)."""
+
+    __slots__ = ("_state", "seed")
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._state = seed & 0xFFFFFFFFFFFFFFFF
+
+    def _next(self) -> int:
+        self._state = (self._state + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        z = self._state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        return z ^ (z >> 31)
+
+    def below(self, n: int) -> int:
+        """A whole number from 0 to n-1, each as likely."""
+        return (self._next() * n) >> 64
+
+    def uniform(self) -> float:
+        """A float in [0, 1)."""
+        return (self._next() >> 11) * 2.0**-53
+
+
+# ------------------------------------------------------------------ what plugins implement
+
+
+@runtime_checkable
+class Filter(Protocol):
+    needs: Sequence[Fact[Any]]
+
+    def reject(self, request: RoutingRequest, fleet: Fleet) -> Mapping[int, str]:
+        """`{row: reason}` for each worker that must not serve this request."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    needs: Sequence[Fact[Any]]
+
+    def score(self, request: RoutingRequest, fleet: Fleet) -> Sequence[float]:
+        """One score per row, higher is better (R2). The optional attribute `scale` is `"unit"` (default) or `"raw"`."""
+        ...
+
+
+@runtime_checkable
+class Picker(Protocol):
+    """`needs` is optional here, as most pickers look at totals only."""
+
+    def pick(self, totals: Sequence[float], fleet: Fleet, dice: Dice) -> int:
+        """The chosen row. `totals` is never empty."""
+        ...
+
+
+@runtime_checkable
+class Preset(Protocol):
+    """A named stack: kind `policy`, for users who want one word in their configuration."""
+
+    def stack(self) -> Mapping[str, Any]:
+        """A `[router]` table: `{"filters": [...], "scorers": [...], "picker": {...}}`."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A whole policy: kind `policy`, for those that do not fit filter, score and pick."""
+
+    needs: Sequence[Fact[Any]]
+
+    def choose(self, request: RoutingRequest, fleet: Fleet, dice: Dice) -> tuple[int, Sequence[float]]:
+        """The chosen row, and a value for each row that explains the choice (higher is better)."""
+        ...
+
+
+# ------------------------------------------------------------------ where facts come from
+
+
+@runtime_checkable
+class FactProvider(Protocol):
+    """A source of facts; holds whatever state they need. Kind `facts`.
+
+    A stack starts only when each fact that it needs is provided. Providers of needed facts are started on demand.
+    """
+
+    provides: Sequence[Fact[Any]]
+
+    def columns(self, request: RoutingRequest, workers: Sequence[Worker]) -> Mapping[Fact[Any], Sequence[Any]]:
+        """A fresh column, one entry for each worker, for every fact provided. Synchronous: it is on the request path."""
+        ...
+
+
+@runtime_checkable
+class FollowsFleet(Protocol):
+    def joined(self, worker: Worker, instance: Instance, card: ModelCard) -> None: ...
+
+    def left(self, worker: Worker) -> None: ...
+
+
+@runtime_checkable
+class FollowsRequests(Protocol):
+    """Bookings. For one request: `booked`, then `first_token`, `grew`..., then `finished` exactly once for each `booked`."""
+
+    def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None: ...
+
+    def first_token(self, request_id: str, worker: Worker, cached_tokens: int | None) -> None: ...
+
+    def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None:
+        """Called at block boundaries, not for each token."""
+        ...
+
+    def finished(self, request_id: str, worker: Worker, outcome: Literal["done", "failed", "cancelled"]) -> None: ...
+
+
+@runtime_checkable
+class FollowsEvents(Protocol):
+    topics: Sequence[str]
+    """Last parts of event-plane topics, such as `load` or `kv`; the runtime subscribes below the model's component."""
+
+    def on_event(self, topic: str, publisher: int, payload: bytes) -> None: ...
+
+    def on_gap(self, topic: str, publisher: int, missed: int) -> None: ...
