@@ -158,3 +158,48 @@ class Instance(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     def label(self) -> str:
         """A short name for people: component and the last digits of the id."""
         return f"{self.component}-{self.id & 0xFFFFFF:06x}"
+
+
+# ------------------------------------------------------------------ text, on the frontend's side only
+
+
+class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens to generated tokens on their way to text."""
+
+    stop: tuple[str, ...] = ()
+    """Stop strings; the earliest match in the text ends the choice, wherever chunks were cut."""
+    include_stop: bool = False
+    """Leave the stop string in the text."""
+    skip_special_tokens: bool = True
+    logprobs: bool = False
+    """Render logprobs with token text and bytes."""
+
+
+class LogprobText(msgspec.Struct, gc=False):
+    """One position as clients see it. `bytes` are the UTF-8 bytes of the token, which may be part of a character."""
+
+    token: str
+    token_id: int
+    logprob: float
+    bytes: list[int]
+    top: list[LogprobText] = []
+
+
+class Delta(msgspec.Struct, gc=False):
+    """What one read added to one choice, as text. Several engine steps may be merged in one delta."""
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = []
+    """The new tokens behind the text; the text may lag behind them while a character or a stop string is incomplete."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[LogprobText] | None = None
+
+
+class Usage(msgspec.Struct, gc=False):
+    """Of the original request, counted once, whatever happened on the way."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0

@@ -1,0 +1,84 @@
+"""What the frontend sees of the fleet: models that are ready, and generations that can be read.
+
+The HTTP surface knows nothing of workers, planes or migration; it starts a generation and reads deltas until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from dynamo_core.cards import ModelCard
+from dynamo_core.context import Context
+from dynamo_core.preprocess.contract import Preprocessor
+from dynamo_core.types import Delta, LogprobText, Request, TextOptions, Usage
+
+
+@runtime_checkable
+class Generation(Protocol):
+    """One request on its way. Reading drives it; whoever stops reading early must call `cancel`."""
+
+    usage: Usage
+    """Exact at any time for what has been read."""
+    decisions: list[str]
+    """Ids of the routing decisions made for it so far, for the `x-dynamo-decision` header and `dynamo explain`."""
+    workers: list[str]
+    """Labels of the workers that served it, in order."""
+    prompt_logprobs: list[LogprobText | None] | None
+    """Known once the first delta was read."""
+
+    async def read(self) -> Sequence[Delta]:
+        """At least one delta, at most one for each choice; an empty sequence is the end.
+
+        :raises DynamoError: typed; `status`, `code` and the message are fit for the client.
+        """
+        ...
+
+    def cancel(self, reason: str = "client disconnected") -> None: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    name: str
+    card: ModelCard
+    preprocessor: Preprocessor
+    created: int
+    """Unix time at which this frontend first saw the model; it does not change from call to call."""
+
+    def not_ready(self) -> str | None:
+        """What is still missing, in a sentence, or `None`."""
+        ...
+
+    async def start(self, request: Request, text: TextOptions, context: Context) -> Generation:
+        """Route and dispatch. :raises DynamoError: nothing was sent to the client yet, so the status is still free."""
+        ...
+
+    async def route(self, request: Request, context: Context) -> str:
+        """Dry run: decide as `start` would, dispatch nothing, book nothing. Returns the id of the decision."""
+        ...
+
+
+@runtime_checkable
+class Catalog(Protocol):
+    def get(self, name: str) -> Model:
+        """:raises ModelNotFound: nobody ever offered it. :raises Unavailable: it is known but not ready, with what is missing."""
+        ...
+
+    def models(self) -> Sequence[Model]:
+        """Ready models, by name."""
+        ...
+
+    def not_ready(self) -> str | None:
+        """Why this frontend serves nothing, in a sentence, or `None` when at least one model is ready."""
+        ...
+
+    def decision(self, decision_id: str) -> dict[str, Any] | None:
+        """A decision record rendered for people and programs (see `routing.record`), while the ring still holds it.
+
+        Also found by request id: the latest decision of that request.
+        """
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Models, workers, planes and degraded states, for `/health` and `/debug/fleet`."""
+        ...
