@@ -72,7 +72,10 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     id: str
     model: str
     token_ids: list[int]
-    """The prompt, then `resumed` tokens that an earlier worker generated for this same request."""
+    """The prompt, then `resumed` tokens that an earlier worker generated for this same request.
+
+    Resumed tokens count towards `max_tokens` and `min_tokens`: the request ends where it would have ended anyway.
+    """
     resumed: int = 0
     sampling: Sampling = Sampling()
     stops: Stops = Stops()

@@ -1,5 +1,6 @@
 """Engines: token in, token out. The contract is in `contract.py`; `echo` is built in."""
 
+from dynamo_core.engines.admission import admit
 from dynamo_core.engines.contract import (
     BlocksCleared,
     BlocksRemoved,
@@ -13,4 +14,4 @@ from dynamo_core.engines.contract import (
     Probes,
 )
 
-__all__ = ["BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "KvEvent", "Probes"]
+__all__ = ["BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "KvEvent", "Probes", "admit"]
