@@ -23,13 +23,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NewType
+from typing import Any
 
 import attrs
 from attrs import validators as v
 
-Secret = NewType("Secret", str)
-"""A value that is written as `file:/path` or `env:NAME`, and that is never printed."""
+from dynamo_core.config.tree import Key, Origin
+
+
+class Secret(str):
+    """A value that is written as `file:/path` or `env:NAME`, and that is never printed.
+
+    It is the string itself for whoever uses it; `repr` (and so every dataclass, log record and traceback that holds it) shows only
+    where it came from.
+    """
+
+    reference: str
+
+    def __new__(cls, value: str, reference: str = "") -> Secret:
+        secret = super().__new__(cls, value)
+        secret.reference = reference
+        return secret
+
+    def __repr__(self) -> str:
+        return f"<secret {self.reference}>" if self.reference else "<secret>"
+
 
 
 @attrs.frozen
@@ -42,6 +60,8 @@ class Use:
     """`path:line` of the table, for errors."""
     weight: float = 1.0
     """Of a scorer; everything else ignores it."""
+    marks: Mapping[Key, Origin] = attrs.field(factory=dict, eq=False, repr=False)
+    """Where each option was written, so that a late error has a place as well."""
 
 
 def choice(kind: str, default: str | None = None, **options: Any) -> Any:
@@ -52,7 +72,8 @@ def choice(kind: str, default: str | None = None, **options: Any) -> Any:
 
 
 def _positive(default: float) -> Any:
-    return attrs.field(default=default, validator=v.gt(0))
+    """Seconds, also written as "500ms" or "10m"."""
+    return attrs.field(default=default, validator=v.gt(0), metadata={"duration": True})
 
 
 @attrs.frozen
@@ -139,7 +160,7 @@ class Router:
 class Migration:
     limit: int = attrs.field(default=3, validator=v.ge(0))
     """How often one request may move to another worker; 0 turns migration off."""
-    wait: float = attrs.field(default=15.0, validator=v.ge(0))
+    wait: float = attrs.field(default=15.0, validator=v.ge(0), metadata={"duration": True})
     """Seconds to wait for a replacement when no other worker is there."""
     inhibit: float = _positive(5.0)
     """Seconds for which a worker that failed a request is avoided."""

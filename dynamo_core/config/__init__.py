@@ -1,0 +1,40 @@
+"""The configuration: one attrs schema, TOML or YAML, strict, with the origin of every value.
+
+    config = load(Path("stack.toml"), overrides=["router.temperature=0.2"], plugins=plugins)
+    discovery = build(config.discovery, "discovery", plugins)
+"""
+
+from dynamo_core.config.load import build, check, load, structure
+from dynamo_core.config.schema import (
+    Config,
+    Frontend,
+    Migration,
+    Observability,
+    PluginSettings,
+    Router,
+    Secret,
+    Status,
+    Tls,
+    Use,
+    Worker,
+    choice,
+)
+
+__all__ = [
+    "Config",
+    "Frontend",
+    "Migration",
+    "Observability",
+    "PluginSettings",
+    "Router",
+    "Secret",
+    "Status",
+    "Tls",
+    "Use",
+    "Worker",
+    "build",
+    "check",
+    "choice",
+    "load",
+    "structure",
+]

@@ -1,0 +1,132 @@
+"""From files, variables and options to one checked `Config`: override > environment > file > default."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+
+from dynamo_core.config.layers import apply_environment, apply_overrides
+from dynamo_core.config.rules import conflicts
+from dynamo_core.config.schema import Config, Use
+from dynamo_core.config.structure import Bad, Structurer
+from dynamo_core.config.toml import read_toml
+from dynamo_core.config.tree import Key, Origin, Tree
+from dynamo_core.config.yaml import read_yaml
+from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.plugins import Plugins
+
+T = TypeVar("T")
+
+
+def load(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ,
+         plugins: Plugins | None = None) -> Config:
+    """Read, layer and check a configuration. `text` stands for the content of `path`; without both, `DYNAMO_CONFIG` names the file.
+
+    With `plugins`, each component that is used is imported and its options are checked.
+
+    :raises ConfigError: with every problem at once.
+    """
+    return resolve(path, text=text, overrides=overrides, environ=environ, plugins=plugins)[0]
+
+
+def check(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ,
+          plugins: Plugins | None = None) -> list[Problem]:
+    """What `load` would complain about."""
+    try:
+        resolve(path, text=text, overrides=overrides, environ=environ, plugins=plugins)
+    except ConfigError as e:
+        return list(e.problems)
+    return []
+
+
+def resolve(path: Path | None, *, text: str | None, overrides: Sequence[str], environ: Mapping[str, str], plugins: Plugins | None) -> tuple[Config, Tree]:
+    """The configuration, and the tree that says where each of its values was written."""
+    if path is None and text is None and environ.get("DYNAMO_CONFIG"):
+        path = Path(environ["DYNAMO_CONFIG"])
+    syntax: list[Problem] = []
+    tree = Tree()
+    if path is not None or text is not None:
+        try:
+            tree = read(path, text)
+        except ConfigError as e:
+            syntax.extend(e.problems)
+    layers = [*apply_environment(tree, environ), *apply_overrides(tree, overrides)]
+    structurer = Structurer(tree.marks, plugins, environ)
+    structurer.problems.extend((*syntax, *layers))
+    try:
+        config: Config = structurer.table(Config, tree.data, ())
+        for at, what, remedy in conflicts(config):
+            structurer.problems.append(tree.origin(at).problem(what, remedy))
+    except Bad:
+        config = Config()
+    structurer.finish()
+    return config, tree
+
+
+def read(path: Path | None, text: str | None) -> Tree:
+    """Parse one file by its extension; text without a path is TOML. :raises ConfigError: it is missing, unreadable or malformed."""
+    name = str(path) if path is not None else "<text>"
+    suffix = path.suffix.lower() if path is not None else ".toml"
+    if suffix not in (".toml", ".yaml", ".yml"):
+        raise ConfigError(Problem("a configuration is a .toml, .yaml or .yml file", name))
+    if text is None:
+        assert path is not None
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as e:
+            line = e.object[: e.start].count(b"\n") + 1
+            raise ConfigError(Problem(f"byte {e.object[e.start]:#04x} is not UTF-8", f"{name}:{line}")) from None
+        except OSError as e:
+            raise ConfigError(Problem(f"cannot be read: {e.strerror}", name, remedy=_neighbour(path))) from None
+        except ValueError as e:
+            raise ConfigError(Problem(f"is not a file name: {e}", name)) from None
+    return read_toml(text, name) if suffix == ".toml" else read_yaml(text, name)
+
+
+def _neighbour(path: Path) -> str:
+    try:
+        around = [p.name for p in path.parent.iterdir() if p.suffix in (".toml", ".yaml", ".yml")] if not path.exists() else []
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, around, 1)
+    return f"did you mean {path.parent / close[0]}?" if close else ""
+
+
+def build(use: Use, kind: str, plugins: Plugins, *, environ: Mapping[str, str] = os.environ) -> Any:
+    """Import the component that `use` names and make it, with its options as the fields of its attrs class.
+
+    A component that is not an attrs class takes no options; a class is called without arguments.
+
+    :raises ConfigError: nobody provides it, it does not import, or an option is wrong; with the place in the file.
+    """
+    structurer = Structurer(use.marks or {(): Origin("file", use.where)}, plugins, environ)
+    try:
+        component = structurer.component(use, kind, (), plugins)
+    except Bad:
+        component = None
+    structurer.finish()
+    return component() if isinstance(component, type) and not attrs.has(component) else component
+
+
+def structure(cls: type[T], data: Mapping[str, Any], *, where: str = "", plugins: Plugins | None = None, environ: Mapping[str, str] = os.environ) -> T:
+    """Plain data as an instance of an attrs class, by the rules of the configuration. `where` is the place that problems name.
+
+    :raises ConfigError: with every problem at once.
+    """
+    marks: Mapping[Key, Origin] = {(): Origin("file", where)}
+    structurer = Structurer(marks, plugins, environ)
+    result: Any = None
+    try:
+        result = structurer.table(cls, data, ())
+    except Bad:
+        pass
+    structurer.finish()
+    return result
+
+
+
