@@ -1,0 +1,78 @@
+"""The reading end of a stream inside one process: a list that the reader takes whole, and one future that wakes it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from dynamo_core.context import Context
+from dynamo_core.errors import Cancelled, DynamoError
+from dynamo_core.transport.contract import Item
+
+
+class Mailbox:
+    """A `Stream` whose items are put here one by one. One reader at a time."""
+
+    __slots__ = ("_error", "_finished", "_forget", "_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._finished = False
+        self._error: DynamoError | None = None
+        self._forget: Callable[[], None] | None = None
+
+    def follow(self, context: Context) -> None:
+        """Cancel this stream when the request is cancelled."""
+        forget = context.on_cancel(self.cancel)
+        if self._finished:
+            forget()
+        else:
+            self._forget = forget
+
+    def put(self, item: Item) -> None:
+        if self._finished:
+            return
+        self._items.append(item)
+        if self._waiter is not None:
+            self._wake()
+
+    def finish(self, error: DynamoError | None = None) -> None:
+        """No more items. What has arrived stays readable; the first end counts."""
+        if self._finished:
+            return
+        self._finished = True
+        self._error = error
+        if self._forget is not None:
+            self._forget()
+            self._forget = None
+        if self._waiter is not None:
+            self._wake()
+
+    async def read(self) -> Sequence[Item]:
+        while not self._items:
+            if self._finished:
+                if self._error is not None:
+                    raise self._error.with_traceback(None)
+                return ()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        self.taken(items)
+        return items
+
+    def cancel(self) -> None:
+        if not self._finished:
+            self.finish(Cancelled("the caller cancelled the stream"))
+            self.cancelled()
+
+    def taken(self, items: list[Item]) -> None:
+        """The reader has taken these: as many again may be sent."""
+
+    def cancelled(self) -> None:
+        """The reader wants no more: tell the other side."""
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # done: the reading task was cancelled
+            waiter.set_result(None)

@@ -1,0 +1,129 @@
+"""The calling end of a `tcp` connection: opens streams, and hands each one its part of every frame."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from dynamo_core.context import Context
+from dynamo_core.errors import BodyTooLarge, CannotConnect, Disconnected, DynamoError, ProtocolViolation, RequestError, from_wire
+from dynamo_core.transport import frames
+from dynamo_core.transport.connection import Connection, Timing
+from dynamo_core.transport.contract import Item
+from dynamo_core.transport.frames import Cancel, Credit, Data, End, Failure, Hello, Open, Outputs, ToClient
+from dynamo_core.transport.mailbox import Mailbox
+
+
+class TcpStream(Mailbox):
+    __slots__ = ("_bytes", "_channel", "_taken", "_taken_bytes", "id")
+
+    def __init__(self, channel: TcpChannel, number: int) -> None:
+        super().__init__()
+        self.id = number
+        self._channel = channel
+        self._taken = 0
+        self._taken_bytes = 0
+
+    def taken(self, items: Sequence[Item]) -> None:
+        """Grant credit in portions of half a window: a short stream costs no frame at all."""
+        self._taken += len(items)
+        if isinstance(items[0], bytes):
+            self._taken_bytes += sum(len(item) for item in items if isinstance(item, bytes))
+        offer = self._channel.offer
+        if self._taken * 2 >= offer.window_items or self._taken_bytes * 2 >= offer.window_bytes:
+            if not self._finished:
+                self._channel.post(Credit(self.id, self._taken, self._taken_bytes))
+            self._taken = self._taken_bytes = 0
+
+    def cancelled(self) -> None:
+        self._channel.forget(self.id)
+
+
+class TcpChannel(Connection):
+    decoder = frames.to_client
+    role = "worker"
+
+    def __init__(self, address: str, offer: Hello, timing: Timing) -> None:
+        super().__init__(offer, timing)
+        self.address = address
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self._streams: dict[int, TcpStream] = {}
+        self._last = 0
+        self._parked: dict[int, bytearray] = {}
+        """Opens that wait for the socket to take what it was given before."""
+
+    def open(self, endpoint: str, payload: bytes, context: Context) -> TcpStream:
+        self._last += 1
+        stream = TcpStream(self, self._last)
+        if self.closed:
+            stream.finish(Disconnected(f"the connection to {self.address} is gone: {self._reason}"))
+            return stream
+        try:
+            frame = frames.encode(Open(stream.id, endpoint, payload, context.id, context.remaining(), context.priority,
+                                       context.session, context.tenant, context.traceparent))
+        except (TypeError, ValueError, OverflowError) as e:
+            stream.finish(RequestError(f"request {context.id} cannot be sent: {e}"))
+            return stream
+        limit = self.hello.max_frame_bytes if self.hello else 0
+        if len(frame) - frames.HEADER > limit:
+            stream.finish(BodyTooLarge(f"request {context.id} is {len(frame)} bytes on the wire, and {self.address} takes at most {limit}"))
+            return stream
+        stream.follow(context)
+        if context.cancelled:
+            return stream
+        self._streams[stream.id] = stream
+        if self.paused:
+            self._parked[stream.id] = frame
+        else:
+            self._out.append(frame)
+            self.schedule()
+        return stream
+
+    def forget(self, number: int) -> None:
+        """The caller cancelled: what still arrives is dropped."""
+        if self._streams.pop(number, None) is not None and self._parked.pop(number, None) is None and not self.closed:
+            self.post(Cancel(number))
+
+    async def close(self) -> None:
+        self.hang_up("the caller closed the connection")
+
+    # ------------------------------------------------------------------ Connection
+
+    def received(self, frame: ToClient) -> None:
+        streams = self._streams
+        if type(frame) is Outputs:
+            if len(frame.streams) != len(frame.outputs):
+                raise ProtocolViolation("an outputs frame has columns of different length")
+            for number, output in zip(frame.streams, frame.outputs, strict=True):
+                if (stream := streams.get(number)) is not None:
+                    stream.put(output)
+                elif number > self._last:
+                    raise ProtocolViolation(f"it sent an output of stream {number}, which was never opened")
+        elif type(frame) is Data:
+            if (stream := streams.get(frame.stream)) is not None:
+                stream.put(frame.item)
+        elif type(frame) is End:
+            self._finish(frame.stream, None)
+        elif type(frame) is Failure:
+            self._finish(frame.stream, from_wire(frame.code, frame.message))
+
+    def _finish(self, number: int, error: DynamoError | None) -> None:
+        if (stream := self._streams.pop(number, None)) is not None:
+            self._parked.pop(number, None)
+            stream.finish(error)
+
+    def greeted(self) -> None:
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+    def writable(self) -> None:
+        while self._parked and not self.paused:
+            self.transport.write(self._parked.pop(next(iter(self._parked))))
+
+    def lost(self, reason: str) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(CannotConnect(f"{self.address}: {reason}"))
+        streams, self._streams = self._streams, {}
+        self._parked.clear()
+        for stream in streams.values():
+            stream.finish(Disconnected(f"the connection to {self.address} was lost: {reason}"))
