@@ -5,6 +5,7 @@
 """
 
 from dynamo_core.config.load import build, check, load, structure
+from dynamo_core.config.origins import Setting, origins
 from dynamo_core.config.schema import (
     Config,
     Frontend,
@@ -28,6 +29,7 @@ __all__ = [
     "PluginSettings",
     "Router",
     "Secret",
+    "Setting",
     "Status",
     "Tls",
     "Use",
@@ -36,5 +38,6 @@ __all__ = [
     "check",
     "choice",
     "load",
+    "origins",
     "structure",
 ]

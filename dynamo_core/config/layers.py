@@ -69,7 +69,7 @@ def _write(tree: Tree, parts: Sequence[str], text: str, origin: Origin) -> Itera
                 yield origin.problem(f"{dotted(at)} is a list, and {part!r} is not a position in it", f"write {dotted(at)}.0.{part} for the first element")
                 return
             step = int(part)
-            if isinstance(place, dict):
+            if not isinstance(place, list):
                 place = _replace(tree, at, [])
             if step > len(place):
                 yield origin.problem(f"{dotted(at)} has {len(place)} elements, so there is none at {step}", f"the next is {dotted(at)}.{len(place)}")
@@ -82,7 +82,7 @@ def _write(tree: Tree, parts: Sequence[str], text: str, origin: Origin) -> Itera
             tree.marks[at] = origin
             return
         at = (*at, step)
-        inner: Any = place[step] if (isinstance(place, list) and step < len(place)) or (isinstance(place, dict) and step in place) else None
+        inner = _get(place, step)
         if isinstance(inner, str):  # `discovery = "file"` is short for a table, and this adds an option to it
             inner = {"use": inner}
             tree.marks[(*at, "use")] = tree.origin(at)
@@ -94,8 +94,15 @@ def _write(tree: Tree, parts: Sequence[str], text: str, origin: Origin) -> Itera
         place = inner
 
 
+def _get(place: Any, step: str | int) -> Any:
+    try:
+        return place[step]
+    except (KeyError, IndexError):
+        return None
+
+
 def _put(place: Any, step: str | int, value: Any) -> None:
-    if isinstance(place, list) and step == len(place):
+    if step == len(place):
         place.append(value)
     else:
         place[step] = value

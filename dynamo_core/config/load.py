@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import attrs
 
 from dynamo_core.config.layers import apply_environment, apply_overrides
-from dynamo_core.config.rules import conflicts
 from dynamo_core.config.schema import Config, Use
 from dynamo_core.config.structure import Bad, Structurer
 from dynamo_core.config.toml import read_toml
@@ -60,8 +59,6 @@ def resolve(path: Path | None, *, text: str | None, overrides: Sequence[str], en
     structurer.problems.extend((*syntax, *layers))
     try:
         config: Config = structurer.table(Config, tree.data, ())
-        for at, what, remedy in conflicts(config):
-            structurer.problems.append(tree.origin(at).problem(what, remedy))
     except Bad:
         config = Config()
     structurer.finish()

@@ -1,4 +1,4 @@
-"""Settings that contradict each other. A rule looks at a whole configuration and says what is wrong, and where."""
+"""Settings that contradict each other. A rule looks at one table and says what is wrong, and where."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ Conflict = tuple[Key, str, str]
 _ROLES = ("prefill", "decode", "encode")
 
 
-def conflicts(config: Config) -> Iterator[Conflict]:
-    yield from _router(config.router, ("router",))
+def conflicts(table: object, at: Key) -> Iterator[Conflict]:
+    """`table` may be incomplete: fields that are themselves wrong have their defaults."""
+    if isinstance(table, Config):
+        yield from _config(table)
+    elif isinstance(table, Router):
+        yield from _router(table, at)
+
+
+def _config(config: Config) -> Iterator[Conflict]:
     frontend, status = config.frontend, config.status
     if frontend.port and status.enabled and frontend.port == status.port:
         yield ("status", "port"), f"status.port and frontend.port are both {frontend.port}", "leave status.port out: any free port is taken"
     if frontend.processes > 1:
         for name, use in (("discovery", config.discovery), ("request_plane", config.request_plane), ("event_plane", config.event_plane)):
             if use.name in ("memory", "in-process"):
-                yield ("frontend", "processes"), f"frontend.processes is {frontend.processes}, but {name} {use.name!r} stays inside one process", ""
+                yield ("frontend", "processes"), f"frontend.processes is {frontend.processes}, but the {name} {use.name!r} stays inside one process", ""
 
 
 def _router(router: Router, at: Key) -> Iterator[Conflict]:
     if router.use is not None:
         for field in ("filters", "scorers", "picker"):
             if getattr(router, field):
-                yield (*at, field), f"{dotted(at)} names the policy {router.use.name!r} and {field} of its own", f"keep either `use` or {field}"
+                yield (*at, field), f"{dotted(at)} names the policy {router.use.name!r} and has {field} of its own", f"keep either `use` or `{field}`"
     if router.picker is not None and router.temperature is not None:
         if router.picker.name != "softmax":
             yield (*at, "temperature"), f"{dotted(at)}.temperature means the picker 'softmax', but the picker is {router.picker.name!r}", "keep one of the two"
         elif "temperature" in router.picker.options:
             yield (*at, "temperature"), f"{dotted(at)} has two temperatures, its own and the picker's", "keep one of the two"
-    for role in _ROLES:
-        inner: Router | None = getattr(router, role)
-        if inner is None:
-            continue
-        for deeper in _ROLES:
-            if getattr(inner, deeper) is not None:
-                yield (*at, role, deeper), f"{dotted((*at, role))} is already the table of a role, and roles do not nest", f"write [{dotted((*at, deeper))}]"
-        yield from _router(inner, (*at, role))
+    if at and at[-1] in _ROLES:
+        for role in _ROLES:
+            if getattr(router, role) is not None:
+                yield (*at, role), f"{dotted(at)} is already the table of a role, and roles do not nest", f"write [{dotted((*at[:-1], role))}]"

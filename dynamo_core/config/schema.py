@@ -19,6 +19,7 @@ A field of type `Use` is a choice of component. Its options are checked against 
 configuration is loaded, so that a mistake in a plugin's option is found at the same time as any other.
 """
 
+# ruff: noqa: RUF009  (`choice` makes an attrs field)
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -97,6 +98,8 @@ class Frontend:
     max_body_bytes: int = attrs.field(default=32 * 2**20, validator=v.ge(1024))
     max_requests: int = attrs.field(default=10_000, validator=v.ge(1))
     """Requests in progress; one more is answered 529."""
+    body_timeout: float = _positive(60.0)
+    """Seconds in which a client must have sent its request body."""
     request_timeout: float = _positive(600.0)
     """Seconds from arrival to the end of the answer."""
     first_token_timeout: float = _positive(300.0)

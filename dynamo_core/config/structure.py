@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import collections.abc
-import difflib
 import enum
+import inspect
 import math
 import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, Union
 
 import attrs
 
+from dynamo_core.config.rules import conflicts
 from dynamo_core.config.schema import Secret, Use
-from dynamo_core.config.tree import NOWHERE, Key, Origin, dotted, nearest, variable
+from dynamo_core.config.tree import Key, Origin, dotted, nearest, variable
+from dynamo_core.config.wording import SPOKEN, close_to, is_now, refusal, remedy_for, spoken
 from dynamo_core.errors import ConfigError, PluginError, Problem
 from dynamo_core.plugins import Plugins
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SPOKEN: Mapping[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", Path: "a path (a string)"}
 
 
 class Bad(Exception):
@@ -46,9 +48,10 @@ class Structurer:
         if self.problems:
             raise ConfigError(*map(self._masked, self.problems))
 
-    def bad(self, at: Key, what: str, remedy: str = "", *, origin: Origin | None = None) -> NoReturn:
+    def bad(self, at: Key, what: str, remedy: str = "", *, origin: Origin | None = None) -> Bad:
+        """Write the problem down; the caller raises what is returned."""
         self.problems.append((origin or nearest(self.marks, at)).problem(what, remedy))
-        raise Bad
+        return Bad()
 
     # -------------------------------------------------------------- tables
 
@@ -56,7 +59,7 @@ class Structurer:
         """An instance of the attrs class `cls`. `name` is how problems call the table."""
         name = name or (f"[{dotted(at)}]" if at else "the configuration")
         if not isinstance(raw, Mapping):
-            self.bad(at, f"{dotted(at)} must be a table, {_is(raw)}")
+            raise self.bad(at, f"{dotted(at)} must be a table, {is_now(raw)}")
         fields = {a.alias: a for a in attrs.fields(cls) if a.init}
         before = len(self.problems)
         for key in raw:
@@ -79,20 +82,23 @@ class Structurer:
         try:
             return cls(**values)
         except (ValueError, TypeError) as e:
-            self.bad(at, f"{name}: {e}")
+            raise self.bad(at, f"{name}: {e}") from None
 
     def _field(self, cls: type[Any], a: attrs.Attribute[Any], hints: Mapping[str, Any], raw: Any, at: Key) -> Any:
         if a.converter is not None:
             return raw
         if a.name not in hints:
-            self.bad(at, f"the type of {cls.__name__}.{a.name}, {a.type!r}, cannot be resolved", "annotate options with types that exist at run time")
+            raise self.bad(at, f"the type of {cls.__name__}.{a.name}, {a.type!r}, cannot be resolved", "annotate options with types that exist at run time")
         return self.value(hints[a.name], raw, at, a.metadata, default=_default_use(a))
 
     def _validate(self, cls: type[Any], fields: Mapping[str, attrs.Attribute[Any]], values: Mapping[str, Any], at: Key) -> None:
         """Run each validator by itself, on a stand-in that holds what is known to be good, so that one failure does not hide the next."""
         stand_in = object.__new__(cls)
-        for key, value in values.items():
-            object.__setattr__(stand_in, fields[key].name, value)
+        for key, a in fields.items():
+            if key in values:
+                object.__setattr__(stand_in, a.name, values[key])
+            elif a.default is not attrs.NOTHING:
+                object.__setattr__(stand_in, a.name, _default(a, stand_in))
         for key, value in values.items():
             a = fields[key]
             if a.validator is None or a.converter is not None:
@@ -100,17 +106,20 @@ class Structurer:
             try:
                 a.validator(stand_in, a, value)
             except (ValueError, TypeError) as e:
-                self.problems.append(nearest(self.marks, (*at, key)).problem(*_refusal(e, a, (*at, key), value)))
+                self.problems.append(nearest(self.marks, (*at, key)).problem(*refusal(e, a, (*at, key), value)))
             except AttributeError:
-                continue  # it looked at a field that is itself wrong, or at one that has its default
+                continue  # it looked at a required field that is itself wrong or missing
+        for place, what, remedy in conflicts(stand_in, at):
+            self.problems.append(nearest(self.marks, place).problem(what, remedy))
 
     def _unknown(self, name: str, key: Any, known: Sequence[str], at: Key) -> None:
         place = (*at, key)
         origin = nearest(self.marks, place)
-        close = _close(str(key), known)
+        close = close_to(str(key), known)
         if origin.kind == "env":
-            what = f"{variable(place)} matches no setting"
-            remedy = f"did you mean {variable((*at, close))}?" if close else f"{name} has: {', '.join(known) or 'no keys'}"
+            written = origin.source.partition("=")[0]
+            what = f"{written} matches no setting"
+            remedy = f"did you mean {variable((*at, close))}{written[len(variable(place)) :]}?" if close else f"{name} has: {', '.join(known) or 'no keys'}"
         else:
             what = f"{name} has no key {key!r}"
             remedy = f"did you mean {close!r}?" if close else f"it has: {', '.join(known)}" if known else "it takes no options"
@@ -144,16 +153,16 @@ class Structurer:
         return self._scalar(wanted, raw, at, metadata)
 
     def _scalar(self, wanted: Any, raw: Any, at: Key, metadata: Mapping[str, Any]) -> Any:
-        origin = nearest(self.marks, at)
-        if wanted in (str, Path) and origin.text is not None and not isinstance(raw, Mapping | list):
-            raw = origin.text
-        number = isinstance(raw, int | float) and not isinstance(raw, bool)
+        mark = self.marks.get(at)
+        if wanted in (str, Path) and mark is not None and mark.text is not None and not isinstance(raw, str | Mapping | list):
+            raw = mark.text
+        number = type(raw) in (int, float)
         if wanted is float and number:
-            return float(raw)
+            return float(typing.cast("float", raw))
         if (wanted is timedelta or (wanted is float and metadata.get("duration"))) and (number or isinstance(raw, str)):
             seconds = self._seconds(raw, at)
-            return timedelta(seconds=seconds) if wanted is timedelta else seconds
-        if wanted is int and number and isinstance(raw, int):
+            return seconds if wanted is float else timedelta(seconds=seconds)
+        if wanted is int and type(raw) is int:
             return raw
         if wanted is Path and isinstance(raw, str):
             return Path(raw).expanduser()
@@ -163,24 +172,23 @@ class Structurer:
             return wanted(self._one_of([member.value for member in wanted], raw, at))
         if wanted in (type(None), None) and raw is None:
             return None
-        if wanted not in _SPOKEN and isinstance(wanted, type) and isinstance(raw, wanted):
+        if wanted not in SPOKEN and isinstance(wanted, type) and isinstance(raw, wanted):
             return raw
-        self.bad(at, f"{dotted(at)} must be {_spoken(wanted)}, {_is(raw)}", _remedy(wanted, raw))
+        raise self.bad(at, f"{dotted(at)} must be {spoken(wanted)}, {is_now(raw)}", remedy_for(wanted, raw))
 
     def _seconds(self, raw: Any, at: Key) -> float:
         if not isinstance(raw, str):
             return float(raw)
         if (found := _DURATION.fullmatch(raw.strip())) is None:
-            self.bad(at, f"{dotted(at)} must be a number of seconds, {_is(raw)}", 'write 0.5, "500ms", "30s", "10m" or "1h"')
+            raise self.bad(at, f"{dotted(at)} must be a number of seconds, {is_now(raw)}", 'write 0.5, "500ms", "30s", "10m" or "1h"')
         return float(found[1]) * _SECONDS[found[2]]
 
     def _one_of(self, choices: Sequence[Any], raw: Any, at: Key) -> Any:
         for choice in choices:
             if type(choice) is type(raw) and choice == raw:
                 return raw
-        close = _close(str(raw), [str(choice) for choice in choices])
-        spoken = ", ".join(map(repr, choices))
-        self.bad(at, f"{dotted(at)} must be one of {spoken}, {_is(raw)}", f"did you mean {close!r}?" if close else "")
+        close = close_to(str(raw), [str(choice) for choice in choices])
+        raise self.bad(at, f"{dotted(at)} must be one of {', '.join(map(repr, choices))}, {is_now(raw)}", f"did you mean {close!r}?" if close else "")
 
     def _union(self, args: Sequence[Any], raw: Any, at: Key, metadata: Mapping[str, Any], default: Use | None) -> Any:
         rest = [arg for arg in args if arg is not type(None)]
@@ -194,16 +202,17 @@ class Structurer:
                 return attempt.value(arg, raw, at, metadata, default=default)
             except Bad:
                 self._literals |= attempt._literals
-        self.bad(at, f"{dotted(at)} must be {' or '.join(map(_spoken, rest))}, {_is(raw)}")
+        raise self.bad(at, f"{dotted(at)} must be {' or '.join(map(spoken, rest))}, {is_now(raw)}")
 
     def _sequence(self, origin: Any, args: Sequence[Any], raw: Any, at: Key, metadata: Mapping[str, Any]) -> Any:
         if not isinstance(raw, list | tuple):
-            what = "an array of tables" if args and isinstance(args[0], type) and attrs.has(args[0]) and args[0] is not Use else "an array"
-            self.bad(at, f"{dotted(at)} must be {what}, {_is(raw)}", f"write it as [[{dotted(at)}]]" if isinstance(raw, Mapping) and what != "an array" else "put it in [ ]")
+            tables = bool(args) and attrs.has(args[0]) and args[0] is not Use
+            what, remedy = ("an array of tables", f"write [[{dotted(at)}]], with two brackets") if tables else ("an array", "put it in [ ]")
+            raise self.bad(at, f"{dotted(at)} must be {what}, {is_now(raw)}", remedy)
         items: Sequence[Any] = raw
         fixed = origin is tuple and not (len(args) == 2 and args[1] is Ellipsis)
         if fixed and len(items) != len(args):
-            self.bad(at, f"{dotted(at)} must have {len(args)} elements, it has {len(items)}")
+            raise self.bad(at, f"{dotted(at)} must have {len(args)} elements, it has {len(items)}")
         values: list[Any] = []
         for i, item in enumerate(items):
             try:
@@ -216,7 +225,7 @@ class Structurer:
 
     def _mapping(self, wanted: Any, raw: Any, at: Key, metadata: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(raw, Mapping):
-            self.bad(at, f"{dotted(at)} must be a table, {_is(raw)}")
+            raise self.bad(at, f"{dotted(at)} must be a table, {is_now(raw)}")
         values: dict[str, Any] = {}
         for key, item in raw.items():
             try:
@@ -231,27 +240,29 @@ class Structurer:
 
     def use(self, raw: Any, at: Key, metadata: Mapping[str, Any], default: Use | None = None) -> Use:
         kind = str(metadata.get("kind", ""))
+        article = f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind.replace('_', ' ')}"
         origin = nearest(self.marks, at)
         if isinstance(raw, Use):
             return raw
         if isinstance(raw, str):
             raw = {"use": raw}
         if not isinstance(raw, Mapping):
-            self.bad(at, f"{dotted(at)} must name a {kind.replace('_', ' ')}, {_is(raw)}", f'write {at[-1]} = "NAME" or {at[-1]} = {{ use = "NAME", ... }}')
+            raise self.bad(at, f"{dotted(at)} must name {article}, {is_now(raw)}", f'write {at[-1]} = "NAME" or {at[-1]} = {{ use = "NAME", ... }}')
         options = dict(raw)
         name = options.pop("use", None if default is None else default.name)
         if name is None:
-            close = _close("use", [str(key) for key in options])
-            self.bad(at, f"{dotted(at)} does not say which {kind.replace('_', ' ')} to use", f"did you mean `use` instead of {close!r}?" if close else 'add use = "NAME"')
+            close = close_to("use", [str(key) for key in options])
+            remedy = f"did you mean `use` instead of {close!r}?" if close else 'add use = "NAME"'
+            raise self.bad(at, f"{dotted(at)} does not say which {kind.replace('_', ' ')} to use", remedy)
         if not isinstance(name, str) or not name:
-            self.bad((*at, "use"), f"{dotted((*at, 'use'))} must be the name of a {kind.replace('_', ' ')}, {_is(name)}")
+            raise self.bad((*at, "use"), f"{dotted((*at, 'use'))} must be the name of {article}, {is_now(name)}")
         weight = 1.0
         before = len(self.problems)
         if "weight" in metadata.get("reserved", ()) and "weight" in options:
             try:
                 weight = self.value(float, options.pop("weight"), (*at, "weight"))
                 if not math.isfinite(weight):
-                    self.bad((*at, "weight"), f"{dotted((*at, 'weight'))} must be finite: {weight}")
+                    raise self.bad((*at, "weight"), f"{dotted((*at, 'weight'))} must be finite: {weight}")
             except Bad:
                 pass
         marks = {key[len(at) :]: mark for key, mark in self.marks.items() if key[: len(at)] == at}
@@ -276,12 +287,12 @@ class Structurer:
             self.problems.extend(e.problems)
             raise Bad from None
         except PluginError as e:
-            self.bad(at, str(e), origin=named)
-        spoken = f"{kind.replace('_', ' ')} {use.name!r}"
+            raise self.bad(at, str(e), origin=named) from None
+        named_so = f"{kind.replace('_', ' ')} {use.name!r}"
         if isinstance(implementation, type) and attrs.has(implementation):
-            return self.table(implementation, use.options, at, spoken)
+            return self.table(implementation, use.options, at, named_so)
         for key in use.options:
-            self._unknown(spoken, key, (), at)
+            self._unknown(named_so, key, (), at)
         if use.options:
             raise Bad
         return implementation
@@ -290,17 +301,17 @@ class Structurer:
         scheme, _, rest = raw.partition(":") if isinstance(raw, str) else ("", "", "")
         if scheme == "env" and rest:
             if (found := self.environ.get(rest)) is None:
-                self.bad(at, f"{dotted(at)}: the environment variable {rest} is not set")
+                raise self.bad(at, f"{dotted(at)}: the environment variable {rest} is not set")
             return Secret(found, str(raw))
         if scheme == "file" and rest:
             try:
                 return Secret(Path(rest).expanduser().read_text("utf-8").strip(), str(raw))
             except (OSError, ValueError) as e:
                 reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-                self.bad(at, f"{dotted(at)}: the file {rest} cannot be read: {reason}")
+                raise self.bad(at, f"{dotted(at)}: the file {rest} cannot be read: {reason}") from None
         if isinstance(raw, str) and raw:
             self._literals.add(raw)
-        self.bad(at, f"{dotted(at)} is a secret and must not stand in the configuration itself", 'write "file:/path/to/it" or "env:NAME"')
+        raise self.bad(at, f"{dotted(at)} is a secret and must not stand in the configuration itself", 'write "file:/path/to/it" or "env:NAME"')
 
     def _masked(self, problem: Problem) -> Problem:
         for literal in sorted(self._literals, key=len, reverse=True):
@@ -309,10 +320,15 @@ class Structurer:
         return problem
 
 
-def _default_use(a: attrs.Attribute[Any]) -> Use | None:
+def _default(a: attrs.Attribute[Any], instance: Any = None) -> Any:
     default: Any = a.default
-    if isinstance(default, attrs.Factory) and "kind" in a.metadata and not default.takes_self:  # pyright: ignore[reportArgumentType]
-        default = default.factory()
+    if not isinstance(default, attrs.Factory):  # pyright: ignore[reportArgumentType]
+        return default
+    return default.factory(instance) if default.takes_self else default.factory()
+
+
+def _default_use(a: attrs.Attribute[Any]) -> Use | None:
+    default = _default(a) if "kind" in a.metadata else None
     return default if isinstance(default, Use) else None
 
 
@@ -323,73 +339,9 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     except Exception:
         hints: dict[str, Any] = {}
         for a in attrs.fields(cls):
-            owner = next((c for c in cls.__mro__ if a.name in c.__dict__.get("__annotations__", {})), cls)
-            space = vars(__import__(owner.__module__, fromlist=["_"]))
+            space = next((vars(sys.modules[c.__module__]) for c in cls.__mro__ if a.name in inspect.get_annotations(c)), {})
             try:
                 hints[a.name] = eval(a.type, dict(space)) if isinstance(a.type, str) else a.type
             except Exception:
                 continue
         return hints
-
-
-def _refusal(e: Exception, a: attrs.Attribute[Any], at: Key, value: Any) -> tuple[str, str]:
-    """What a validator said, in our words: `(what, remedy)`."""
-    message = str(e.args[0]) if e.args else type(e).__name__
-    message = message.removeprefix(f"'{a.name}' ").removeprefix(f"{a.name} ")
-    if len(e.args) == 4 and isinstance(e.args[2], Iterable) and not isinstance(e.args[2], str):
-        choices = [str(choice) for choice in e.args[2]]
-        close = _close(str(value), choices)
-        return f"{dotted(at)} must be one of {', '.join(map(repr, choices))}, {_is(value)}", f"did you mean {close!r}?" if close else ""
-    return f"{dotted(at)} {message}" if message.startswith("must") else f"{dotted(at)}: {message}", ""
-
-
-def _close(word: str, known: Iterable[str]) -> str | None:
-    known = list(known)
-    folded = word.lower().replace("-", "_")
-    if folded in known:
-        return folded
-    return next(iter(difflib.get_close_matches(folded, known, 1, 0.6)), None)
-
-
-def _spoken(wanted: Any) -> str:
-    if wanted in _SPOKEN:
-        return _SPOKEN[wanted]
-    if wanted is Use:
-        return "the name of a component"
-    if wanted is timedelta:
-        return "a duration"
-    if isinstance(wanted, type) and attrs.has(wanted):
-        return "a table"
-    origin = typing.get_origin(wanted)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(wanted)))
-    if origin in (dict, collections.abc.Mapping):
-        return "a table"
-    return "an array" if origin is not None else str(getattr(wanted, "__name__", wanted))
-
-
-def _is(raw: Any) -> str:
-    """`is the string "8000"`."""
-    if isinstance(raw, bool):
-        return f"is {str(raw).lower()}"
-    if isinstance(raw, str):
-        return f'is the string "{raw if len(raw) <= 60 else raw[:57] + "..."}"'
-    if isinstance(raw, Mapping):
-        return "is a table"
-    if isinstance(raw, list | tuple):
-        return "is an array"
-    return "is empty" if raw is None else f"is {raw}"
-
-
-def _remedy(wanted: Any, raw: Any) -> str:
-    if wanted in (bool, int, float) and isinstance(raw, str):
-        if wanted is bool and raw.lower() in ("true", "false", "yes", "no", "on", "off"):
-            return f"write {'true' if raw.lower() in ('true', 'yes', 'on') else 'false'}, without quotes"
-        try:
-            wanted(raw)
-        except ValueError:
-            return ""
-        return f"write {raw}, without quotes" if wanted is not bool else ""
-    if wanted in (str, Path) and isinstance(raw, int | float):
-        return f'write "{str(raw).lower() if isinstance(raw, bool) else raw}", in quotes'
-    return ""

@@ -13,7 +13,7 @@ _LIMIT = 100_000
 
 def read_yaml(text: str, name: str) -> Tree:
     """:raises ConfigError: a syntax error with line and column, or what YAML allows and a configuration does not."""
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML  # imported here: most configurations are TOML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     lines = text.splitlines() or [""]
@@ -55,7 +55,8 @@ def _walk(node: Any, at: Key, places: dict[Key, int], above: set[int], problem: 
     if isinstance(node, MappingNode):
         for key, value in node.value:
             if not isinstance(key, ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                raise problem("keys must be strings" if not isinstance(key, ScalarNode) else f"the key {key.value!r} must be a string, in quotes", key.start_mark.line + 1)
+                what = f"the key {key.value!r} must be a string, in quotes" if isinstance(key, ScalarNode) else "keys must be strings"
+                raise problem(what, key.start_mark.line + 1)
             places[(*at, key.value)] = key.start_mark.line + 1
             _walk(value, (*at, key.value), places, above, problem)
     elif isinstance(node, SequenceNode):
