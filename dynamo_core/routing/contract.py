@@ -18,6 +18,7 @@ synchronous and pure over their inputs; whatever has state (bookings, the KV ind
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import attrs
@@ -62,7 +63,8 @@ class RoutingRequest:
     id: str
     model: str
     token_ids: Sequence[int] = ()
-    """The prompt. Empty in a recorded decision: its length is `prompt_tokens`."""
+    """The prompt, for fact providers. Policies see it empty (its length is `prompt_tokens`), and `cache_salt` likewise, so
+    that every decision can be recomputed from its record, which holds neither."""
     prompt_tokens: int = 0
     role: Role = "aggregated"
     """Which kind of worker is wanted."""
@@ -95,14 +97,25 @@ class Fleet:
 
     @property
     def columns(self) -> Mapping[Fact[Any], Sequence[Any]]:
-        return self._columns
+        """The columns that may be read, read-only."""
+        return MappingProxyType(self._columns if self._needs is None else {fact: self._columns[fact] for fact in self._needs if fact in self._columns})
 
     def seen_by(self, policy: str, needs: frozenset[Fact[Any]]) -> Fleet:
         """The same rows, confined to the facts that `policy` declared."""
         return Fleet(self.workers, self._columns, policy, needs)
 
     def take(self, rows: Sequence[int]) -> Fleet:
-        return Fleet([self.workers[i] for i in rows], {fact: [column[i] for i in rows] for fact, column in self._columns.items()}, self._policy, self._needs)
+        """These rows alone, in this order."""
+        columns = {fact: _take(column, rows) for fact, column in self._columns.items()}
+        return Fleet(tuple([self.workers[i] for i in rows]), columns, self._policy, self._needs)
+
+
+def _take(column: Any, rows: Sequence[int]) -> Sequence[Any]:
+    if not hasattr(column, "setflags"):
+        return tuple([column[i] for i in rows])
+    part = column[list(rows)]
+    part.setflags(write=False)
+    return part
 
 
 class Dice:
@@ -138,7 +151,11 @@ class Filter(Protocol):
     needs: Sequence[Fact[Any]]
 
     def reject(self, request: RoutingRequest, fleet: Fleet) -> Mapping[int, str]:
-        """`{row: reason}` for each worker that must not serve this request."""
+        """`{row: reason}` for each worker that must not serve this request.
+
+        A filter with the class attribute `busy = True` rejects for want of capacity alone: when nobody else objects, the
+        client is told to come back (529) and not that there is no worker (503).
+        """
         ...
 
 
@@ -188,12 +205,17 @@ class FactProvider(Protocol):
     """A source of facts; holds whatever state they need. Kind `facts`.
 
     A stack starts only when each fact that it needs is provided. Providers of needed facts are started on demand.
+    One that has an attribute `clock` gets the router's: a function that returns seconds, which virtual time replaces.
     """
 
     provides: Sequence[Fact[Any]]
 
     def columns(self, request: RoutingRequest, workers: Sequence[Worker]) -> Mapping[Fact[Any], Sequence[Any]]:
-        """A fresh column, one entry for each worker, for every fact provided. Synchronous: it is on the request path."""
+        """A column, one entry for each worker, for every fact provided. Synchronous: it is on the request path.
+
+        A column is kept in the decision record, so it must never change afterwards: a tuple (the same one may be returned
+        again), a fresh list, or a fresh numpy array.
+        """
         ...
 
 
@@ -205,6 +227,22 @@ class FollowsFleet(Protocol):
 
 
 @runtime_checkable
+class FollowsHealth(Protocol):
+    """Each call says the present state of the worker anew."""
+
+    def health(self, worker: Worker, *, proven: bool, draining: bool, inhibited_until: float, why: str) -> None:
+        """`inhibited_until` is in seconds of the router's clock; 0 when the worker is not inhibited."""
+        ...
+
+
+@runtime_checkable
+class FollowsDecisions(Protocol):
+    def chosen(self, request: RoutingRequest, worker: Worker) -> None:
+        """This router chose `worker`; dry runs are not told."""
+        ...
+
+
+@runtime_checkable
 class FollowsRequests(Protocol):
     """Bookings. For one request: `booked`, then `first_token`, `grew`..., then `finished` exactly once for each `booked`."""
 
@@ -213,7 +251,7 @@ class FollowsRequests(Protocol):
     def first_token(self, request_id: str, worker: Worker, cached_tokens: int | None) -> None: ...
 
     def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None:
-        """Called at block boundaries, not for each token."""
+        """`output_tokens` have been generated so far. Called at block boundaries, not for each token."""
         ...
 
     def finished(self, request_id: str, worker: Worker, outcome: Literal["done", "failed", "cancelled"]) -> None: ...

@@ -1,0 +1,56 @@
+"""The last decisions of a process, found by decision id or by request id, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from dynamo_core.routing.record import Decision
+
+CELLS = 2_000_000
+"""Values that one ring keeps, over all its records. A value costs at most 32 bytes, so that a ring stays below 64 MiB whatever
+the size of the fleet: the default 4,096 decisions over 64 workers, several hundred over 1,024."""
+
+
+class Ring:
+    def __init__(self, limit: int = 4096, cells: int = CELLS) -> None:
+        self.limit = limit
+        self.cells = cells
+        self._order: deque[tuple[Decision, int]] = deque()
+        self._by_id: dict[str, Decision] = {}
+        self._by_request: dict[str, Decision] = {}
+        self._held = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Decision]:
+        """Oldest first."""
+        return (decision for decision, _ in self._order)
+
+    def get(self, key: str) -> Decision | None:
+        """By decision id, or the latest decision of the request with this id."""
+        return self._by_id.get(key) or self._by_request.get(key)
+
+    def push(self, decision: Decision) -> None:
+        if not self.limit:
+            return
+        cost = self._cost(decision)
+        self._order.append((decision, cost))
+        self._by_id[decision.id] = decision
+        self._by_request[decision.request.id] = decision
+        self._held += cost
+        while len(self._order) > self.limit or (self._held > self.cells and len(self._order) > 1):
+            oldest, freed = self._order.popleft()
+            self._held -= freed
+            del self._by_id[oldest.id]
+            if self._by_request.get(oldest.request.id) is oldest:
+                del self._by_request[oldest.request.id]
+
+    def _cost(self, decision: Decision) -> int:
+        """Values that this record adds: a column that it shares with the one before costs nothing."""
+        rows, fresh = len(decision.workers), len(decision.columns)
+        if self._order:
+            before = {id(column) for column in self._order[-1][0].columns.values()}
+            fresh -= sum(id(column) in before for column in decision.columns.values())
+        return rows * fresh + len(decision.totals) * (len(decision.scores) + 1) + len(decision.rejected) * 4
