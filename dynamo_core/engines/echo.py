@@ -69,7 +69,7 @@ class EchoEngine:
         for made in range(request.resumed, limit):
             await self._pause()
             token = text[made % len(text)] if made < ends_at else byte_tokenizer.TURN_END
-            enough = made + 1 >= stops.min_tokens
+            enough = made >= stops.min_tokens
             if token == byte_tokenizer.TURN_END:
                 yield Output([token], finish_reason="stop")
                 return
