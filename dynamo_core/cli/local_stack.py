@@ -1,0 +1,114 @@
+"""A whole stack on this machine: every role of one file as a child process, and what it takes to know that it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from dynamo_core.cli.supervisor import Child, Supervisor
+from dynamo_core.config import build
+from dynamo_core.config.schema import Config
+from dynamo_core.discovery.contract import Discovery
+from dynamo_core.errors import ConfigError, DynamoError, Problem
+from dynamo_core.plugins import Plugins
+
+POLL = 0.1
+
+
+class LocalStack:
+    """Use `LocalStack.open`; entered, every role was started, and `wait_ready` says when it serves."""
+
+    def __init__(self, config: Config, discovery: Discovery, supervisor: Supervisor) -> None:
+        self.config = config
+        self.supervisor = supervisor
+        self._discovery = discovery
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, path: Path | None, overrides: Sequence[str], config: Config, plugins: Plugins, say: Callable[[str, str], None]) -> AsyncIterator[LocalStack]:
+        """:param say: receives (child name, line) for everything that the children print."""
+        if config.discovery.name == "memory" or config.request_plane.name == "in-process":
+            raise ConfigError(Problem("`dynamo up` starts a process for each role, and they cannot meet through memory",
+                                      config.discovery.where, remedy='use discovery = "file" and request_plane = "tcp"'))
+        grace = max([config.frontend.drain_timeout, *(worker.drain_timeout for worker in config.workers)])
+        supervisor = Supervisor(say, grace=grace)
+        shared = [*([str(path)] if path else []), *(f"--set={override}" for override in overrides)]
+        discovery: Discovery = build(config.discovery, "discovery", plugins)
+        async with discovery:
+            stack = cls(config, discovery, supervisor)
+            try:
+                for index, worker in enumerate(config.workers):
+                    for copy in range(worker.count):
+                        name = f"{worker.name}-{copy}" if len(config.workers) == 1 else f"{worker.name}-{index}.{copy}"
+                        supervisor.start(Child(name, ["worker", *shared, f"--index={index}"], rank=1))
+                for copy in range(config.frontend.processes):
+                    supervisor.start(Child("frontend" if config.frontend.processes == 1 else f"frontend-{copy}", ["frontend", *shared, "--single"], rank=0))
+                yield stack
+            finally:
+                await supervisor.stop()
+
+    @property
+    def wanted(self) -> int:
+        """Workers that the file asks for."""
+        return sum(worker.count for worker in self.config.workers)
+
+    async def status_urls(self, role: str) -> list[str]:
+        """Status endpoints of the processes of a role, from discovery."""
+        with contextlib.suppress(DynamoError):
+            return sorted(value.decode() for value in (await self._discovery.items(f"v1/status/{self.config.namespace}/{role}/")).values())
+        return []
+
+    async def wait_ready(self, progress: Callable[[str], None], timeout: float) -> str:
+        """Return the frontend's URL once every worker of the file serves. `progress` gets one sentence at each change.
+
+        :raises ConfigError: a child ended for good. :raises TimeoutError: not ready within `timeout` seconds.
+        """
+        started, said = time.monotonic(), ""
+        async with httpx.AsyncClient(timeout=5.0, verify=False) as client:
+            while True:
+                if self.supervisor.failed.is_set():
+                    ended = next(child for child in self.supervisor.children if child.exit_code in (0, 2))
+                    raise ConfigError(Problem(f"{ended.name} ended with exit code {ended.exit_code}; its last lines say why"))
+                url, sentence, ready = await self._look(client)
+                if ready:
+                    return url
+                if sentence != said:
+                    progress(sentence)
+                    said = sentence
+                if time.monotonic() - started > timeout:
+                    raise TimeoutError(f"the stack is not ready after {timeout:g} s: {sentence}")
+                await asyncio.sleep(POLL)
+
+    async def _look(self, client: httpx.AsyncClient) -> tuple[str, str, bool]:
+        urls = await self.status_urls("frontend")
+        if len(urls) < self.config.frontend.processes and self.config.frontend.processes == 1:
+            return "", "starting the frontend", False
+        if not urls:
+            return "", "starting the frontends", False
+        try:
+            answer: dict[str, Any] = (await client.get(f"{urls[0]}/health")).json()
+        except (httpx.HTTPError, ValueError):
+            return urls[0], "the frontend does not answer yet", False
+        models: dict[str, Any] = answer.get("models", {})
+        workers = [worker for model in models.values() for worker in model.get("workers", ())]
+        proven = sum(bool(worker.get("proven")) for worker in workers)
+        if proven >= self.wanted:
+            return urls[0], "ready", True
+        phases = await self._phases(client)
+        return urls[0], f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(phases)})" if phases else ""), False
+
+    async def _phases(self, client: httpx.AsyncClient) -> list[str]:
+        found: list[str] = []
+        for name in sorted({worker.name for worker in self.config.workers}):
+            for url in await self.status_urls(name):
+                with contextlib.suppress(httpx.HTTPError, ValueError):
+                    phase = (await client.get(f"{url}/health")).json().get("problems", {}).get("starting")
+                    if phase and phase not in found:
+                        found.append(phase)
+        return found

@@ -1,0 +1,96 @@
+"""Child processes of `dynamo up`: started with a name, their lines prefixed, restarted when they crash, stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import attrs
+
+STABLE = 30.0
+"""Seconds after which a child counts as well, and its next crash is restarted at once."""
+LAST_GRACE = 5.0
+"""Seconds between asking a child to end and ending it, beyond its own drain time."""
+
+
+@attrs.define
+class Child:
+    """One role as a process. `rank` gives the order of stopping: lower first."""
+
+    name: str
+    arguments: Sequence[str]
+    rank: int = 0
+    process: asyncio.subprocess.Process | None = None
+    restarts: int = 0
+    exit_code: int | None = None
+
+
+class Supervisor:
+    """Owns the children. A child that ends by itself with 0 or 2 stays ended: it was done, or its configuration is wrong."""
+
+    def __init__(self, say: Callable[[str, str], None], *, grace: float) -> None:
+        self.children: list[Child] = []
+        self.failed = asyncio.Event()
+        """A child will not come back."""
+        self._say = say
+        self._grace = grace
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    def start(self, child: Child) -> None:
+        self.children.append(child)
+        self._watchers.append(asyncio.create_task(self._watch(child), name=f"child {child.name}"))
+
+    async def _watch(self, child: Child) -> None:
+        delay = 0.5
+        while not self._stopping:
+            started = time.monotonic()
+            child.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "dynamo_core.cli", *child.arguments, env={**os.environ, "DYNAMO_SUPERVISED": "1", "PYTHONUNBUFFERED": "1"},
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
+            )
+            await self._forward(child)
+            child.exit_code = await child.process.wait()
+            if self._stopping:
+                return
+            if child.exit_code in (0, 2):
+                self._say(child.name, f"ended with exit code {child.exit_code}")
+                self.failed.set()
+                return
+            delay = 0.5 if time.monotonic() - started > STABLE else min(2 * delay, 15.0)
+            child.restarts += 1
+            ended = signal.Signals(-child.exit_code).name if child.exit_code < 0 else f"exit code {child.exit_code}"
+            self._say(child.name, f"ended ({ended}); starting again in {delay:g} s")
+            await asyncio.sleep(delay)
+
+    async def _forward(self, child: Child) -> None:
+        assert child.process is not None
+        assert child.process.stdout is not None
+        while line := await child.process.stdout.readline():
+            self._say(child.name, line.decode("utf-8", "replace").rstrip())
+
+    async def stop(self) -> None:
+        """End every child, frontends before workers, each within its drain time; what does not end is killed."""
+        self._stopping = True
+        for rank in sorted({child.rank for child in self.children}):
+            group = [child.process for child in self.children if child.rank == rank and child.process and child.process.returncode is None]
+            for process in group:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+            waiting = [asyncio.create_task(process.wait()) for process in group]
+            if waiting:
+                _, late = await asyncio.wait(waiting, timeout=self._grace + LAST_GRACE)
+                if late:
+                    for process in group:
+                        if process.returncode is None:
+                            with contextlib.suppress(ProcessLookupError):
+                                os.killpg(process.pid, signal.SIGKILL)
+                    await asyncio.gather(*late)
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)

@@ -1,0 +1,48 @@
+"""`dynamo frontend`: the HTTP surface over the fleet, from start to drained."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from dynamo_core.config import build
+from dynamo_core.config.schema import Config
+from dynamo_core.frontend.app import create_app
+from dynamo_core.frontend.metrics import HttpMetrics
+from dynamo_core.observability import tracing
+from dynamo_core.pipeline.catalog import FleetCatalog
+from dynamo_core.plugins import Plugins
+from dynamo_core.runtime import names
+from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.runtime.worker_role import process_registry
+
+log = logging.getLogger(__name__)
+
+
+async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) -> int:
+    """Serve until `stop` is set, then drain: discovery stays up until the last stream has ended."""
+    settings = config.frontend
+    server: Any = build(settings.http_server, "http_server", plugins)
+    tracing.setup("dynamo-frontend", config.observability.otlp_endpoint, config.observability.trace_ratio)
+    registry = process_registry()
+    try:
+        async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, registry) as catalog:
+            app = create_app(settings, catalog, metrics=HttpMetrics(registry))
+            scheme = "https" if settings.tls else "http"
+
+            def listening(port: int) -> None:
+                host = f"[{settings.host}]" if ":" in settings.host else settings.host
+                url = f"{scheme}://{host}:{port}"
+                log.info("listening on %s", url)
+                registered.append(asyncio.create_task(runtime.register("status", lambda id: (names.of_status(config.namespace, "frontend", id), url.encode()))))
+
+            registered: list[asyncio.Task[None]] = []
+            if settings.host not in ("127.0.0.1", "localhost", "::1") and settings.authenticator is None:
+                log.warning("listening beyond this machine (%s) without authentication: anybody who reaches it can use it", settings.host)
+            await server.serve(app, host=settings.host, port=settings.port, tls=settings.tls, stop=stop, reuse_port=settings.processes > 1,
+                               on_listening=listening, drain_timeout=settings.drain_timeout)
+            await asyncio.gather(*registered, return_exceptions=True)
+        return 0
+    finally:
+        tracing.shutdown()

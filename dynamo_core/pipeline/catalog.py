@@ -1,0 +1,211 @@
+"""Every model that this frontend knows, kept in step with discovery.
+
+A worker passes three gates before it serves: its card agrees with the model's, its tokenizer is loaded *here*, and one
+canary sent from *here* has come back. Until then the router knows it and says why it is avoided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from dynamo_core.cards import ModelCard, Role
+from dynamo_core.context import Context
+from dynamo_core.errors import DynamoError, ModelNotFound, Unavailable
+from dynamo_core.pipeline import artifacts
+from dynamo_core.pipeline.dispatch import Dispatcher
+from dynamo_core.pipeline.feeds import EventFeeds
+from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
+from dynamo_core.pipeline.model import Member, ServedModel
+from dynamo_core.preprocess.text import TextPreprocessor
+from dynamo_core.routing.record import Decision
+from dynamo_core.routing.router import Router
+from dynamo_core.routing.stack import build_stack
+from dynamo_core.runtime import names
+from dynamo_core.runtime.fleet import FleetWatch
+from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.types import Instance
+
+log = logging.getLogger(__name__)
+
+PROBE_TIMEOUT = 15.0
+RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""Seconds between attempts to admit a worker; the last one repeats."""
+
+
+class FleetCatalog:
+    """Implements `pipeline.contract.Catalog`. Use `FleetCatalog.open`."""
+
+    def __init__(self, runtime: Runtime, registry: CollectorRegistry) -> None:
+        self._runtime = runtime
+        self._config = runtime.config
+        self._models: dict[str, ServedModel] = {}
+        self._aliases: dict[str, str] = {}
+        self._building: dict[str, asyncio.Lock] = {}
+        self._admitting: dict[int, asyncio.Task[None]] = {}
+        self._refused: dict[int, str] = {}
+        self._families = PipelineFamilies(registry)
+        self._watch = FleetWatch(runtime, self._joined, self._left)
+        self._feeds = EventFeeds(runtime)
+        self._seed = self._config.router.seed
+        build_stack(self._config.router, runtime.plugins)  # a stack that cannot start must not wait for its first worker to say so
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, runtime: Runtime, registry: CollectorRegistry) -> AsyncIterator[FleetCatalog]:
+        """Follow discovery until left; what existed before is known when it is entered."""
+        catalog = cls(runtime, registry)
+        watching = asyncio.create_task(catalog._watch.run(), name="fleet watch")
+        synced = asyncio.create_task(catalog._watch.synced.wait())
+        await asyncio.wait((watching, synced), timeout=10.0, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            yield catalog
+        finally:
+            tasks = [watching, synced, *catalog._admitting.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await catalog._feeds.close()
+
+    # -------------------------------------------------------------- what the frontend asks
+
+    def get(self, name: str) -> ServedModel:
+        model = self._models.get(self._aliases.get(name, name))
+        if model is None:
+            known = ", ".join(sorted(self._models)) or "none yet"
+            raise ModelNotFound(f"the model {name!r} does not exist here; models: {known}", param="model")
+        if (missing := model.not_ready()) is not None:
+            raise Unavailable(missing)
+        return model
+
+    def models(self) -> Sequence[ServedModel]:
+        return [model for _, model in sorted(self._models.items()) if model.not_ready() is None]
+
+    def not_ready(self) -> str | None:
+        missing = [model.not_ready() for _, model in sorted(self._models.items())]
+        if not missing:
+            starting = next(iter(self._refused.values()), None)
+            return f"no model is registered in namespace {self._config.namespace!r} yet" + (f"; a worker is refused: {starting}" if starting else "")
+        return None if None in missing else "; ".join(filter(None, missing))
+
+    def decision(self, decision_id: str) -> dict[str, Any] | None:
+        for dispatcher in self._dispatchers():
+            if (decision := dispatcher.router.ring.get(decision_id)) is not None:
+                labels = {worker: dispatcher.label(worker) for worker in decision.workers}
+                return {**decision.to_json(), "labels": {str(worker): label for worker, label in labels.items()}, "text": decision.render(labels)}
+        return None
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "models": {name: model.status() for name, model in sorted(self._models.items())},
+            "problems": self.problems(),
+            "request_plane": self._config.request_plane.name, "event_plane": self._config.event_plane.name, "discovery": self._config.discovery.name,
+            "routers": {f"{name}/{role}": dispatcher.router.describe() for name, model in sorted(self._models.items()) for role, dispatcher in model.dispatchers.items()},
+        }
+
+    def problems(self) -> dict[str, str]:
+        """Named degraded states; empty when all is well."""
+        refused = {f"worker {id & 0xFFFFFF:06x}": why for id, why in self._refused.items()}
+        return {**self._runtime.problems(), **self._watch.problems(), **refused, **self._feeds.problems()}
+
+    def _dispatchers(self) -> list[Dispatcher]:
+        return [dispatcher for model in self._models.values() for dispatcher in model.dispatchers.values()]
+
+    # -------------------------------------------------------------- what discovery says
+
+    def _joined(self, instance: Instance, card: ModelCard) -> None:
+        if instance.endpoint == names.GENERATE:
+            self._admitting[instance.id] = asyncio.create_task(self._admit(instance, card), name=f"admit {instance.label}")
+
+    def _left(self, instance: Instance) -> None:
+        self._refused.pop(instance.id, None)
+        if (task := self._admitting.pop(instance.id, None)) is not None:
+            task.cancel()
+        for model in self._models.values():
+            if model.remove(instance.id) is not None:
+                log.info("worker %s of model %s left", instance.label, model.name)
+                self._tell("dynamo_worker_left", instance=instance, reason="left")
+        self._runtime.channels.forget(instance.address)
+
+    async def _admit(self, instance: Instance, card: ModelCard) -> None:
+        """Bring one worker through the gates, trying again until it is in or gone."""
+        for attempt in range(1_000_000):
+            try:
+                model = await self._model_for(instance, card)
+                if model is None:
+                    return
+                member = model.members.get(instance.id)
+                if member is None:
+                    member = Member(instance, card)
+                    model.add(member)
+                await self._prove(instance)
+            except (DynamoError, TimeoutError) as e:
+                why = str(e) or "it did not answer in time"
+                member = self._models[card.name].members.get(instance.id) if card.name in self._models else None
+                if member is not None:
+                    member.problem = why
+                else:
+                    self._refused[instance.id] = f"{instance.label}: {why}"
+                if attempt == 0:
+                    log.warning("worker %s is not ready, trying again: %s", instance.label, why)
+                await asyncio.sleep(RETRY[min(attempt, len(RETRY) - 1)])
+                continue
+            self._refused.pop(instance.id, None)
+            model.proven(member)
+            log.info("worker %s serves model %s", instance.label, model.name)
+            self._tell("dynamo_worker_joined", instance=instance, card=card)
+            return
+
+    async def _model_for(self, instance: Instance, card: ModelCard) -> ServedModel | None:
+        async with self._building.setdefault(card.name, asyncio.Lock()):
+            model = self._models.get(card.name)
+            if model is not None and model.checksum != card.checksum():
+                if model.members:
+                    self._refused[instance.id] = (f"{instance.label} offers {card.name!r} with another tokenizer, template or block size than the workers that "
+                                                  f"serve it; give one of them another name (workers.served_name) or make them alike")
+                    log.error(self._refused[instance.id])
+                    return None
+                model = None
+            if model is None:
+                model = self._models[card.name] = await self._build(instance, card)
+                for alias in card.aliases:
+                    self._aliases.setdefault(alias, card.name)
+            return model
+
+    async def _build(self, instance: Instance, card: ModelCard) -> ServedModel:
+        if card.tokenizer is None:
+            raise Unavailable(f"the card of model {card.name!r} names no tokenizer")
+        content = await artifacts.fetch(self._runtime.channels, instance, card.tokenizer)
+        preprocessor = await asyncio.to_thread(TextPreprocessor, card, content)
+        metrics = PipelineMetrics(self._families, card.name)
+
+        def dispatcher(role: Role) -> Dispatcher:
+            stack = build_stack(self._config.router, self._runtime.plugins, role=role)
+            router = Router(card.name, role, stack, seed=self._seed, decisions=self._config.router.decisions, on_fault=metrics.fault, on_decision=self._decided)
+            self._feeds.add(router, instance.component)
+            return Dispatcher(router, self._runtime.channels, self._config.migration.inhibit)
+
+        return ServedModel(card, preprocessor, dispatcher, self._config.migration, metrics)
+
+    async def _prove(self, instance: Instance) -> None:
+        endpoint = f"{instance.namespace}.{instance.component}.{names.PROBE}"
+        await self._runtime.channels.call(instance.address, endpoint, b"", Context("canary"), timeout=PROBE_TIMEOUT)
+
+    # -------------------------------------------------------------- observers
+
+    def _decided(self, decision: Decision) -> None:
+        hook = self._runtime.plugins.manager.hook.dynamo_decision
+        if hook.get_hookimpls():
+            self._tell("dynamo_decision", decision=decision)
+
+    def _tell(self, hook: str, **facts: Any) -> None:
+        try:
+            getattr(self._runtime.plugins.manager.hook, hook)(**facts)
+        except Exception:
+            log.exception("a plugin's %s failed", hook)
+

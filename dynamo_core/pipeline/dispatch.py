@@ -1,0 +1,122 @@
+"""One attempt at one request: route it, book it, open its stream, and account for its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from dynamo_core.context import Context
+from dynamo_core.errors import CannotConnect, Disconnected, DynamoError, EngineDead, StreamTimeout, WorkerDraining, WorkerOverloaded
+from dynamo_core.routing.contract import RoutingRequest, Worker
+from dynamo_core.routing.facts import OVERLAP_TOKENS
+from dynamo_core.routing.record import Decision
+from dynamo_core.routing.router import Router
+from dynamo_core.runtime import names
+from dynamo_core.runtime.channels import Channels
+from dynamo_core.transport.contract import Stream
+from dynamo_core.types import Instance, Request
+
+_encode = msgspec.msgpack.Encoder().encode
+
+OVERLOAD_PAUSE = 0.25
+"""Seconds for which a worker that said it is at capacity is avoided."""
+
+
+class Leg:
+    """The part of a request that one worker serves."""
+
+    __slots__ = ("_block_size", "_grown", "_router", "_tokens", "decision", "request_id", "stream", "worker")
+
+    def __init__(self, router: Router, decision: Decision, worker: Worker, stream: Stream, request_id: str, block_size: int) -> None:
+        self._router = router
+        self._block_size = block_size
+        self._tokens = 0
+        self._grown = 0
+        self.decision = decision
+        self.worker = worker
+        self.stream = stream
+        self.request_id = request_id
+
+    def received(self, tokens: int, cached_tokens: int | None) -> None:
+        """Keep the bookings true: at the first token, and at each block boundary after it."""
+        if not self._tokens:
+            self._router.first_token(self.request_id, self.worker, cached_tokens)
+        self._tokens += tokens
+        if self._tokens - self._grown >= self._block_size:
+            self._grown = self._tokens
+            self._router.grew(self.request_id, self.worker, self._tokens)
+
+    def end(self, outcome: Literal["done", "failed", "cancelled"]) -> None:
+        """Free the booking. Call exactly once."""
+        self._router.finished(self.request_id, self.worker, outcome)
+
+
+class Dispatcher:
+    """The workers of one model in one role, behind one router."""
+
+    def __init__(self, router: Router, channels: Channels, inhibit_seconds: float) -> None:
+        self.router = router
+        self.instances: dict[int, Instance] = {}
+        self._channels = channels
+        self._inhibit_seconds = inhibit_seconds
+        self._changed = asyncio.Event()
+
+    def label(self, worker: Worker) -> str:
+        instance = self.instances.get(worker.instance)
+        return (instance.label if instance else f"{worker.instance & 0xFFFFFF:06x}") + (f"/{worker.dp_rank}" if worker.dp_rank else "")
+
+    def changed(self) -> None:
+        """Wake whoever waits for a worker."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_changed(self, seconds: float) -> None:
+        """Return when a worker joins, and after `seconds` at the latest."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    async def dispatch(self, request: Request, asked: RoutingRequest, context: Context, block_size: int) -> Leg:
+        """Route and open. :raises NoWorker: nobody can take it. :raises CannotConnect: the chosen one does not answer."""
+        decision = self.router.route(asked)
+        worker = decision.chosen
+        assert worker is not None, "route raises when nobody is chosen"
+        instance = self.instances[worker.instance]
+        overlap = decision.value(OVERLAP_TOKENS, worker)
+        self.router.booked(asked, worker, int(overlap or 0))
+        try:
+            if request.hints.dp_rank != worker.dp_rank and (worker.dp_rank or request.hints.dp_rank is not None):
+                request = msgspec.structs.replace(request, hints=msgspec.structs.replace(request.hints, dp_rank=worker.dp_rank))
+            channel = self._channels.ready(instance.address) or await self._channels.get(instance.address)
+            stream = channel.open(f"{instance.namespace}.{instance.component}.{names.GENERATE}", _encode(request), context)
+        except BaseException as e:
+            self.router.finished(asked.id, worker, "failed" if isinstance(e, DynamoError) else "cancelled")
+            if isinstance(e, CannotConnect):
+                self.failed(worker, e)
+            raise
+        return Leg(self.router, decision, worker, stream, asked.id, block_size)
+
+    def failed(self, worker: Worker, error: DynamoError) -> None:
+        """Avoid a worker that broke a stream, for as long as the kind of break deserves."""
+        match error:
+            case WorkerOverloaded():
+                self.router.inhibit(worker, OVERLOAD_PAUSE, "it said that it is at capacity")
+            case WorkerDraining():
+                self.router.inhibit(worker, self._inhibit_seconds, "it is leaving")
+            case CannotConnect() | Disconnected() | StreamTimeout() | EngineDead():
+                self.router.inhibit(worker, self._inhibit_seconds, str(error))
+            case _:
+                pass
+
+
+def routing_request(request: Request, failed: Sequence[Worker] = ()) -> RoutingRequest:
+    """What policies may know about this request."""
+    return RoutingRequest(
+        id=request.id, model=request.model, token_ids=request.token_ids, prompt_tokens=len(request.token_ids), hints=request.hints,
+        adapter=request.adapter, cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed),
+    )

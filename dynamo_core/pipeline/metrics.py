@@ -1,0 +1,39 @@
+"""What the pipeline exports: per request, per migration, per change of the fleet; never per token."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class PipelineMetrics:
+    """Series of one model. `docs/reference/metrics.md` lists them."""
+
+    def __init__(self, families: PipelineFamilies, model: str) -> None:
+        self._families = families
+        self._model = model
+
+    def migrated(self, kind: str, outcome: str, seconds: float) -> None:
+        """:param kind: `new_request` or `ongoing_request`. :param outcome: `success` or `failure`."""
+        if outcome == "success":
+            self._families.migrations.labels(model=self._model, migration_type=kind).inc()
+        self._families.migration_seconds.labels(model=self._model, migration_type=kind, outcome=outcome).observe(seconds)
+
+    def workers(self, ready: int, registered: int) -> None:
+        self._families.model_ready.labels(model=self._model).set(1 if ready else 0)
+        self._families.workers.labels(model=self._model, state="ready").set(ready)
+        self._families.workers.labels(model=self._model, state="registered").set(registered)
+
+    def fault(self, policy: str) -> None:
+        self._families.faults.labels(policy=policy).inc()
+
+
+class PipelineFamilies:
+    """The metric families, shared by all models of a frontend."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.migrations = Counter("dynamo_frontend_model_migration", "Requests that moved to another worker.", ["model", "migration_type"], registry=registry)
+        self.migration_seconds = Histogram("dynamo_frontend_model_migration_duration_seconds", "From the loss to the next worker.",
+                                           ["model", "migration_type", "outcome"], buckets=(.001, .005, .01, .05, .1, .5, 1, 5, 15, 60), registry=registry)
+        self.model_ready = Gauge("dynamo_frontend_model_ready", "1 when the model is served.", ["model"], registry=registry)
+        self.workers = Gauge("dynamo_frontend_workers", "Workers by state: registered, or ready to serve.", ["model", "state"], registry=registry)
+        self.faults = Counter("dynamo_router_policy_faults", "Decisions for which a policy was skipped because it broke its contract.", ["policy"], registry=registry)

@@ -1,0 +1,161 @@
+"""One served model: its workers by role, and whether it can take a request."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import msgspec
+
+from dynamo_core.cards import ModelCard, Role
+from dynamo_core.config.schema import Migration
+from dynamo_core.context import Context
+from dynamo_core.errors import Unavailable
+from dynamo_core.observability import tracing
+from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
+from dynamo_core.pipeline.generation import TextGeneration
+from dynamo_core.pipeline.metrics import PipelineMetrics
+from dynamo_core.pipeline.migrate import TokenStream
+from dynamo_core.preprocess.contract import Preprocessor
+from dynamo_core.preprocess.limits import check_token_ids, fit
+from dynamo_core.routing.contract import Worker
+from dynamo_core.types import Instance, Request, TextOptions
+
+_serial = itertools.count()
+
+
+@attrs.define
+class Member:
+    """One instance of the model, as this frontend knows it."""
+
+    instance: Instance
+    card: ModelCard
+    proven: bool = False
+    problem: str | None = None
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        first = self.card.dp_start
+        return [Worker(self.instance.id, rank) for rank in range(first, first + self.card.dp_size)]
+
+
+class ServedModel:
+    """Implements `pipeline.contract.Model`."""
+
+    def __init__(self, card: ModelCard, preprocessor: Preprocessor, dispatcher: Callable[[Role], Dispatcher], migration: Migration, metrics: PipelineMetrics) -> None:
+        self.name = card.name
+        self.card = card
+        self.checksum = card.checksum()
+        self.preprocessor = preprocessor
+        self.created = int(time.time())
+        self.members: dict[int, Member] = {}
+        self.dispatchers: dict[Role, Dispatcher] = {}
+        self._make_dispatcher = dispatcher
+        self._migration = migration
+        self._metrics = metrics
+        self._last_left: float | None = None
+        self._active: set[str] = set()
+
+    # -------------------------------------------------------------- members
+
+    def dispatcher(self, role: Role) -> Dispatcher:
+        if (found := self.dispatchers.get(role)) is None:
+            found = self.dispatchers[role] = self._make_dispatcher(role)
+        return found
+
+    def add(self, member: Member) -> None:
+        """Known to the router from now on, and avoided until it is proven."""
+        self.members[member.instance.id] = member
+        dispatcher = self.dispatcher(member.card.role)
+        dispatcher.instances[member.instance.id] = member.instance
+        for worker in member.workers:
+            dispatcher.router.joined(worker, member.instance, member.card)
+        self._count()
+
+    def proven(self, member: Member) -> None:
+        member.proven, member.problem = True, None
+        dispatcher = self.dispatcher(member.card.role)
+        for worker in member.workers:
+            dispatcher.router.proven(worker)
+        dispatcher.changed()
+        self._count()
+
+    def remove(self, instance_id: int) -> Member | None:
+        member = self.members.pop(instance_id, None)
+        if member is not None:
+            dispatcher = self.dispatcher(member.card.role)
+            for worker in member.workers:
+                dispatcher.router.left(worker)
+            dispatcher.instances.pop(instance_id, None)
+            self._last_left = time.monotonic()
+            self._count()
+        return member
+
+    def _count(self) -> None:
+        self._metrics.workers(sum(m.proven for m in self.members.values()), len(self.members))
+
+    def not_ready(self) -> str | None:
+        present = {m.card.role for m in self.members.values() if m.proven}
+        if "aggregated" in present:
+            return None
+        if not self.members:
+            ago = "" if self._last_left is None else f"; the last one left {time.monotonic() - self._last_left:.0f} s ago"
+            return f"no worker of model {self.name!r} is registered{ago}"
+        waiting = [m for m in self.members.values() if not m.proven]
+        if waiting:
+            why = next((m.problem for m in waiting if m.problem), None)
+            return f"{len(waiting)} of {len(self.members)} workers of model {self.name!r} have not answered their canary yet" + (f": {why}" if why else "")
+        roles = ", ".join(sorted(present))
+        return f"model {self.name!r} has only {roles} workers; an aggregated worker is missing"
+
+    # -------------------------------------------------------------- requests
+
+    async def start(self, request: Request, text: TextOptions, context: Context) -> TextGeneration:
+        self._check(request)
+        if request.id in self._active:
+            # Two requests of one id would share a booking; the caller's own id stays in the context.
+            request = msgspec.structs.replace(request, id=f"{request.id}-{next(_serial):x}")
+        self._active.add(request.id)
+        span = tracing.start("generate", context.traceparent, {"request.id": context.id, "model": self.name, "prompt.tokens": len(request.token_ids)})
+        context.traceparent = span.traceparent
+
+        def ended(error: BaseException | None) -> None:
+            self._active.discard(request.id)
+            span.set("workers", ",".join(stream.workers))
+            span.end(error)
+
+        stream = TokenStream(request, self.card, context, self.dispatcher("aggregated"), self._migration, self._metrics)
+        try:
+            await stream.start()
+        except BaseException as e:
+            ended(e)
+            raise
+        span.event("routed", {"decision": stream.decisions[-1], "worker": stream.workers[-1]})
+        return TextGeneration(stream, request, text, self.preprocessor, ended)
+
+    async def route(self, request: Request, context: Context) -> str:
+        self._check(request)
+        return self.dispatcher("aggregated").router.dry_run(routing_request(request)).id
+
+    def _check(self, request: Request) -> None:
+        """What must hold whoever built the request. :raises RequestError: the client's fault. :raises Unavailable: not ready."""
+        check_token_ids(self.card, request.token_ids)
+        fit(self.card, len(request.token_ids), request.stops.max_tokens)
+        if (missing := self.not_ready()) is not None:
+            raise Unavailable(missing)
+
+    def status(self) -> dict[str, Any]:
+        """For `/health` and `/debug/fleet`."""
+        return {
+            "ready": self.not_ready() is None,
+            "missing": self.not_ready(),
+            "context_length": self.card.context_length,
+            "workers": [
+                {"id": f"{m.instance.id:016x}", "label": m.instance.label, "role": m.card.role, "address": m.instance.address, "pid": m.instance.pid,
+                 "host": m.instance.host, "engine": m.card.engine, "proven": m.proven, "problem": m.problem}
+                for m in self.members.values()
+            ],
+        }

@@ -1,0 +1,50 @@
+"""Where things live in the discovery store. Every key of the system is made here.
+
+    v1/instances/<namespace>/<component>/<endpoint>/<id hex>    an Instance
+    v1/models/<namespace>/<component>/<endpoint>/<id hex>       the ModelCard of that instance
+    v1/events/<topic>/<id hex>                                  an event publisher (written by the event plane)
+    v1/status/<namespace>/<role>/<id hex>                       URL of a process's status endpoint
+"""
+
+from __future__ import annotations
+
+from dynamo_core.types import Instance
+
+GENERATE = "generate"
+"""The endpoint that streams tokens."""
+ARTIFACT = "artifact"
+"""Serves the files that a model card names, by digest."""
+PROBE = "probe"
+"""Runs a canary through the engine."""
+CONTROL = "control"
+"""Operator actions of the engine: sleep, wake, profile, ..."""
+
+
+def instances(namespace: str) -> str:
+    return f"v1/instances/{namespace}/"
+
+
+def models(namespace: str) -> str:
+    return f"v1/models/{namespace}/"
+
+
+def of_instance(instance: Instance) -> str:
+    return f"v1/instances/{instance.namespace}/{instance.component}/{instance.endpoint}/{instance.id:016x}"
+
+
+def of_card(instance: Instance) -> str:
+    return f"v1/models/{instance.namespace}/{instance.component}/{instance.endpoint}/{instance.id:016x}"
+
+
+def of_status(namespace: str, role: str, id: int) -> str:
+    return f"v1/status/{namespace}/{role}/{id:016x}"
+
+
+def tail(key: str) -> str:
+    """What an instance key and its card key have in common."""
+    return key.split("/", 2)[2]
+
+
+def topic(namespace: str, component: str, name: str) -> str:
+    """An event topic of a component: `<namespace>/<component>/load`."""
+    return f"{namespace}/{component}/{name}"

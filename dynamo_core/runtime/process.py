@@ -1,0 +1,64 @@
+"""How a role runs as a process: event loop, signals, and the exit code that it deserves."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
+
+
+def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    """Run `main(stop)` until it returns its exit code.
+
+    The first SIGTERM or SIGINT sets `stop`, and the role drains; the second ends the process at once.
+    """
+
+    async def body() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            if stop.is_set():
+                log.warning("a second signal: ending at once")
+                os._exit(128 + number)
+            log.info("received %s, draining", signal.Signals(number).name)
+            stop.set()
+
+        if os.environ.get("DYNAMO_SUPERVISED"):
+            _end_with_parent()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal, number)
+        # What exists after start-up lives for ever: keep the collector from walking it again and again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
+        return await main(stop)
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(body())
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the supervisor dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop where there is one."""
+    if sys.platform != "win32":
+        try:
+            import uvloop
+        except ImportError:
+            pass
+        else:
+            return uvloop.new_event_loop()
+    return asyncio.new_event_loop()

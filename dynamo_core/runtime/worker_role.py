@@ -1,0 +1,78 @@
+"""`dynamo worker`: one engine in one process, from start to drained."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from dynamo_core.config import build
+from dynamo_core.config.schema import Config
+from dynamo_core.config.schema import Worker as Settings
+from dynamo_core.observability import tracing
+from dynamo_core.plugins import Plugins
+from dynamo_core.runtime import names
+from dynamo_core.runtime.metrics import WorkerMetrics
+from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.runtime.status import serve_status, status_app
+from dynamo_core.runtime.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+def process_registry() -> CollectorRegistry:
+    """A registry with what every process exports of itself: memory, CPU time, open files, collections."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+async def serve_worker(config: Config, settings: Settings, plugins: Plugins, stop: asyncio.Event) -> int:
+    """Serve until `stop` is set or the engine dies. Returns the exit code: 1 when the engine died.
+
+    :raises ConfigError: the engine cannot be built from its options.
+    """
+    engine: Any = build(settings.engine, "engine", plugins)
+    tracing.setup(f"dynamo-{settings.name}", config.observability.otlp_endpoint, config.observability.trace_ratio)
+    registry = process_registry()
+    metrics = WorkerMetrics(registry, namespace=config.namespace, component=settings.name)
+    async with Runtime.open(config, plugins) as runtime:
+        worker = Worker(runtime, engine, settings, metrics)
+        metrics.watch_in_flight(lambda: worker.admission.in_flight)
+        try:
+            if not config.status.enabled:
+                return await _serve(worker, stop)
+            app = status_app(settings.name, worker.problems, registry, worker.control)
+            async with serve_status(config.status, app) as url:
+                await runtime.register("status", lambda id: (names.of_status(config.namespace, settings.name, id), url.encode()))
+                return await _serve(worker, stop)
+        finally:
+            tracing.shutdown()
+
+
+async def _serve(worker: Worker, stop: asyncio.Event) -> int:
+    stopping = asyncio.create_task(stop.wait())
+    died = asyncio.create_task(worker.dead.wait())
+    starting = asyncio.create_task(worker.start(), name="start")
+    try:
+        await asyncio.wait((starting, stopping, died), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await asyncio.wait((stopping, died), return_when=asyncio.FIRST_COMPLETED)
+            if died.done() and not stopping.done():
+                # Streams have ended with EngineDead and move elsewhere; nothing is left to wait for.
+                await worker.runtime.withdraw(worker.settings.name, names.GENERATE)
+                worker.admission.cancel_all("the engine died")
+                await worker.admission.idle(2.0)
+            else:
+                await worker.drain()
+        return 1 if died.done() else 0
+    finally:
+        for task in (stopping, died, starting):
+            task.cancel()
+        await asyncio.gather(stopping, died, starting, return_exceptions=True)
+        await worker.stop()
