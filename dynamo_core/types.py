@@ -74,7 +74,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     token_ids: list[int]
     """The prompt, then `resumed` tokens that an earlier worker generated for this same request.
 
-    Resumed tokens count towards `max_tokens` and `min_tokens`: the request ends where it would have ended anyway.
+    `max_tokens` and `min_tokens` count from here on: whoever resumes a request has already taken off what was generated.
     """
     resumed: int = 0
     sampling: Sampling = Sampling()

@@ -8,15 +8,14 @@ from dynamo_core.types import Request, Sampling
 
 
 def admit(request: Request, card: ModelCard) -> int:
-    """Check a request against what the card promises, and return how many tokens may be generated *in all*.
+    """Check a request against what the card promises, and return how many tokens may be generated from here on.
 
-    `resumed` tokens count as generated: a migrated request ends where it would have ended anyway. The result is
-    `max_tokens`, or the card's default, cut to what the context length leaves.
+    That is `max_tokens`, or the card's default, cut to what the context length leaves.
 
     :raises RequestError: the request is unsound, needs what the card does not promise, or does not fit.
     """
-    prompt = len(request.token_ids) - request.resumed
-    if prompt < 1 or request.resumed < 0:
+    known = len(request.token_ids)
+    if not 0 <= request.resumed < known:
         raise RequestError("the prompt has no tokens", param="prompt")
     _check_sampling(request.sampling)
     _check_promises(request, card)
@@ -25,11 +24,14 @@ def admit(request: Request, card: ModelCard) -> int:
         raise RequestError(f"max_tokens must be at least 1: {stops.max_tokens}", param="max_tokens")
     if stops.min_tokens < 0 or (stops.max_tokens is not None and stops.min_tokens > stops.max_tokens):
         raise RequestError(f"min_tokens must be from 0 to max_tokens: {stops.min_tokens}", param="min_tokens")
-    room = card.context_length - prompt
+    room = card.context_length - known
     if room < 1:
-        raise PromptTooLong(f"the prompt has {prompt} tokens; the model's context of {card.context_length} leaves no room for an answer", param="prompt")
-    wanted = stops.max_tokens if stops.max_tokens is not None else card.default_max_tokens
-    return room if wanted is None else min(wanted, room)
+        raise PromptTooLong(f"the prompt has {known} tokens; the model's context of {card.context_length} leaves no room for an answer", param="prompt")
+    if stops.max_tokens is not None:
+        return min(stops.max_tokens, room)
+    if card.default_max_tokens is not None:
+        return min(max(1, card.default_max_tokens - request.resumed), room)
+    return room
 
 
 def _check_sampling(sampling: Sampling) -> None:

@@ -64,23 +64,19 @@ class EchoEngine:
         limit = admit(request, self._card)
         stops = request.stops
         text = [token for token in islice(request.token_ids, len(request.token_ids) - request.resumed) if token < byte_tokenizer.END_OF_TEXT] or _FILLER
-        ends_at = limit if stops.max_tokens is not None or stops.ignore_eos else max(len(text), stops.min_tokens)
+        natural = max(len(text) - request.resumed, stops.min_tokens, 0)
+        ends_at = limit if stops.max_tokens is not None or stops.ignore_eos else natural
         stop_ids = frozenset(stops.stop_token_ids)
-        for made in range(request.resumed, limit):
+        for made in range(limit):
             await self._pause()
-            token = text[made % len(text)] if made < ends_at else byte_tokenizer.TURN_END
-            enough = made >= stops.min_tokens
-            if token == byte_tokenizer.TURN_END:
-                yield Output([token], finish_reason="stop")
+            if made == ends_at:
+                yield Output([byte_tokenizer.TURN_END], finish_reason="stop")
                 return
-            if token in stop_ids and enough:
+            token = text[(request.resumed + made) % len(text)]
+            if token in stop_ids and made >= stops.min_tokens:
                 yield Output([token], finish_reason="stop", stop_reason=token)
                 return
-            if made + 1 == limit:
-                yield Output([token], finish_reason="length")
-                return
-            yield Output([token])
-        yield Output(finish_reason="length")
+            yield Output([token], finish_reason="length" if made + 1 == limit else None)
 
     async def stop(self) -> None:
         self._card = None

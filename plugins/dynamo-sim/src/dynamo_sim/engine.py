@@ -133,10 +133,6 @@ class SimEngine:
         if self._card is None:
             raise EngineDead("the simulated engine is not running")
         limit = admit(request, self._card)
-        if request.resumed >= limit:
-            for index in range(request.sampling.n):
-                yield Output(index=index, finish_reason="length")
-            return
         stream = _Stream()
         sequences = [self._sequence(request, index, limit, stream) for index in range(request.sampling.n)]
         for sequence in sequences:
@@ -195,16 +191,16 @@ class SimEngine:
         end = limit
         eos = None
         if self.output_tokens is not None and not stops.ignore_eos:
-            natural = max(self._natural_length(request), stops.min_tokens) + 1
+            natural = max(self._natural_length(request) - request.resumed, stops.min_tokens, 0) + 1
             if natural <= limit:
                 end, eos = natural, self._vocabulary.eos_token_ids[0]
         return Sequence(
             prompt=request.token_ids,
-            left=max(1, end - request.resumed),
+            left=end,
             state=seed_state(self.seed, *chance),
             eos=eos,
             stop_ids=frozenset(stops.stop_token_ids),
-            stop_after=max(0, stops.min_tokens - request.resumed),
+            stop_after=stops.min_tokens,
             adapter=request.adapter,
             cache_salt=request.cache_salt,
             index=index,
