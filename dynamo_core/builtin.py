@@ -54,3 +54,22 @@ def dynamo_register(registry: Registry) -> None:
         ("engine-load", "providers:EngineLoad", "what the engines report of themselves"),
     ):
         registry.facts(name, f"dynamo_core.routing.{target}", summary=summary)
+
+    for name, summary in (
+        ("up", "start a whole stack on this machine: workers, then the frontend"),
+        ("frontend", "serve the OpenAI API for the workers of a fleet"),
+        ("worker", "serve one engine"),
+        ("demo", "start a small real stack, ask it questions, show the answers"),
+        ("chat", "talk to a model"),
+        ("check", "say everything that is wrong with a configuration"),
+        ("config show", "show the configuration in use, and where each value comes from"),
+        ("config reference", "print the reference of all settings, as Markdown"),
+        ("config schema", "print a JSON schema of the configuration, for editors"),
+        ("explain", "say why a request went to the worker it went to"),
+        ("plugins", "list what is installed, and what is wrong with it"),
+        ("plugin new", "write a new plugin that passes its contract tests"),
+        ("plugin check", "say how far a plugin has come, and what is missing"),
+        ("version", "print versions"),
+    ):
+        module = name.replace(" ", "_")
+        registry.cli(name, f"dynamo_core.cli.{module}:{module}", summary=summary)

@@ -10,12 +10,12 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import attrs
 import pluggy
-from packaging.requirements import Requirement
 
 from dynamo_core import __version__, hookspecs
 from dynamo_core.errors import ConfigError, PluginError, Problem
@@ -81,6 +81,8 @@ class Plugin:
     distribution: str = ""
     problem: str | None = None
     """Why it was left out, if it was."""
+    path: str = attrs.field(default="", eq=False)
+    """The directory that it is installed in."""
 
     def __str__(self) -> str:
         return f"{self.distribution or self.name} {self.version}".strip()
@@ -178,16 +180,15 @@ class Plugins:
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         registry = Registry()
-        found = [_register(manager, registry, Plugin("builtin", __version__, "dynamo-core"), "dynamo_core.builtin")]
+        core = Plugin("builtin", __version__, "dynamo-core", path=os.path.dirname(os.path.dirname(__file__)))
+        found = [_register(manager, registry, core, "dynamo_core.builtin")]
         for entry in sorted(importlib.metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name):
-            dist = entry.dist
-            plugin = Plugin(entry.name, dist.version if dist else "", dist.name if dist else "")
+            plugin = _describe(entry)
             if off & {entry.name, plugin.distribution}:
-                found.append(attrs.evolve(plugin, problem="disabled by configuration"))
-            elif dist and (mismatch := _core_mismatch(dist.requires or ())):
-                found.append(attrs.evolve(plugin, problem=mismatch))
-            else:
-                found.append(_register(manager, registry, plugin, entry.value))
+                plugin = attrs.evolve(plugin, problem="disabled by configuration")
+            elif plugin.problem is None:
+                plugin = _register(manager, registry, plugin, entry.value)
+            found.append(plugin)
         return cls(registry.components, found, manager)
 
     def of_kind(self, kind: str) -> dict[str, Component]:
@@ -214,16 +215,19 @@ class Plugins:
 def _register(manager: pluggy.PluginManager, registry: Registry, plugin: Plugin, module: str) -> Plugin:
     registry.plugin = plugin
     before = dict(registry.components)
+    loaded = None
     try:
+        if (namesake := manager.get_plugin(plugin.name)) is not None:
+            raise PluginError(str(plugin), f"another plugin has the entry point {plugin.name!r}: {getattr(namesake, '__name__', namesake)}")
         loaded = importlib.import_module(module.partition(":")[0])
         manager.register(loaded, plugin.name)
         manager.check_pending()
         caller = manager.subset_hook_caller("dynamo_register", [p for p in manager.get_plugins() if p is not loaded])
         caller(registry=registry)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         registry.components.clear()
         registry.components.update(before)
-        if manager.has_plugin(plugin.name):
+        if loaded is not None and manager.get_plugin(plugin.name) is loaded:
             manager.unregister(name=plugin.name)
         if plugin.name == "builtin":
             raise
@@ -231,9 +235,26 @@ def _register(manager: pluggy.PluginManager, registry: Registry, plugin: Plugin,
     return plugin
 
 
+def _describe(entry: importlib.metadata.EntryPoint) -> Plugin:
+    if entry.dist is None:
+        return Plugin(entry.name)
+    path = str(entry.dist.locate_file(""))
+    try:
+        about = entry.dist.metadata
+        plugin = Plugin(entry.name, about["Version"] or "", about["Name"] or "", path=path)
+        return attrs.evolve(plugin, problem=_core_mismatch(about.get_all("Requires-Dist") or ()))
+    except Exception as e:
+        return Plugin(entry.name, problem=f"its package metadata cannot be read: {type(e).__name__}: {e}", path=path)
+
+
 def _core_mismatch(requires: Iterable[str]) -> str | None:
-    for line in requires:
-        requirement = Requirement(line)
-        if requirement.name.replace("_", "-") == "dynamo-core" and not requirement.specifier.contains(__version__, prereleases=True):
+    """Why this core is not the one that the plugin was made for."""
+    ours = [line for line in requires if re.match(r"dynamo[-_.]core\b", line, re.IGNORECASE)]
+    if not ours:
+        return None
+    from packaging.requirements import Requirement  # imported here: as slow as all the rest of the listing
+
+    for requirement in map(Requirement, ours):
+        if not requirement.specifier.contains(__version__, prereleases=True):
             return f"needs dynamo-core{requirement.specifier}, this is {__version__}"
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from dynamo_core.config.load import resolve
-from dynamo_core.config.schema import Config, Secret, Use
+from dynamo_core.config.schema import Secret, Use
 from dynamo_core.config.tree import Key, Tree, dotted
 from dynamo_core.errors import DynamoError
 from dynamo_core.plugins import Component, Plugins
@@ -85,12 +85,13 @@ def _origin(tree: Tree, at: Key) -> str:
     """The mark of the value itself or of the inline value that holds it; an absent key of a written table is a default."""
     place: Any = tree.data
     for step in at:
-        if isinstance(place, str) and step == "use":
-            break
-        try:
-            place = place[step]
-        except (KeyError, IndexError, TypeError):
+        if isinstance(place, str):  # `picker = "best"` is short for a table with `use`
+            return tree.origin(at).where if step == "use" else "default"
+        present = range(len(place)) if isinstance(place, list) else place
+        if step not in present:
             return "default"
+        inner: Any = place
+        place = inner[step]
     return tree.origin(at).where or "default"
 
 
