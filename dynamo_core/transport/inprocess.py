@@ -12,7 +12,7 @@ from attrs import validators as v
 from dynamo_core.context import Context
 from dynamo_core.errors import Cancelled, CannotConnect, Disconnected, DynamoError, from_wire, to_wire
 from dynamo_core.transport.contract import Channel, Handler, Item, Server
-from dynamo_core.transport.mailbox import Mailbox
+from dynamo_core.transport.mailbox import BoundedMailbox
 from dynamo_core.transport.serving import relay
 
 _servers: dict[str, InProcessServer] = {}
@@ -85,18 +85,17 @@ class InProcessChannel:
         self.drop(f"the connection to {self.server.address} was closed here")
 
 
-class InProcessStream(Mailbox):
+class InProcessStream(BoundedMailbox):
     """Both ends of one stream: the mailbox, and the task that fills it."""
 
-    __slots__ = ("_channel", "_context", "_room", "_task")
+    __slots__ = ("_channel", "_context", "_task")
 
     def __init__(self, channel: InProcessChannel, context: Context) -> None:
-        super().__init__()
+        super().__init__(channel.server.window)
         self._channel = channel
         # The far side has its own context, as on any other plane: cancelling it there does not cancel the caller's.
         self._context = Context(context.id, deadline=context.deadline, priority=context.priority, session=context.session,
                                 tenant=context.tenant, traceparent=context.traceparent)
-        self._room: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self, endpoint: str, payload: bytes) -> None:
@@ -113,17 +112,7 @@ class InProcessStream(Mailbox):
 
     def _send(self, item: Item) -> Awaitable[None] | None:
         self.put(item)
-        return self._wait_for_room() if len(self._items) >= self._channel.server.window else None
-
-    async def _wait_for_room(self) -> None:
-        while len(self._items) >= self._channel.server.window:
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
-
-    def taken(self, items: list[Item]) -> None:
-        room, self._room = self._room, None
-        if room is not None and not room.done():
-            room.set_result(None)
+        return self.wait_for_room() if self.full else None
 
     def cancelled(self) -> None:
         self.stop("the caller cancelled")

@@ -76,3 +76,28 @@ class Mailbox:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():  # done: the reading task was cancelled
             waiter.set_result(None)
+
+
+class BoundedMailbox(Mailbox):
+    """A mailbox whose filler waits for the reader: past `window` unread items nothing more is asked for."""
+
+    __slots__ = ("_room", "_window")
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self._window = window
+        self._room: asyncio.Future[None] | None = None
+
+    @property
+    def full(self) -> bool:
+        return len(self._items) >= self._window
+
+    async def wait_for_room(self) -> None:
+        while self.full:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    def taken(self, items: list[Item]) -> None:
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
