@@ -8,6 +8,7 @@
     │   ├── ModelNotFound     404
     │   ├── PromptTooLong     400
     │   ├── BodyTooLarge      413
+    │   ├── BodyTooSlow       408
     │   ├── Unauthorized      401
     │   └── RateLimited       429
     ├── Unavailable           nobody's fault: 503 with Retry-After
@@ -131,6 +132,11 @@ class PromptTooLong(RequestError):
 class BodyTooLarge(RequestError):
     code = "body_too_large"
     status = 413
+
+
+class BodyTooSlow(RequestError):
+    code = "body_timeout"
+    status = 408
 
 
 class Unauthorized(RequestError):

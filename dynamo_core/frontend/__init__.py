@@ -1,0 +1,1 @@
+"""The HTTP surface: OpenAI's API in front of a catalog of models."""

@@ -1,0 +1,201 @@
+"""The life of one completion request, from its head to its last byte. Raw ASGI: request and response objects would cost more than all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, Protocol
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from dynamo_core.context import Context
+from dynamo_core.errors import AllBusy, Cancelled, RequestError, StreamTimeout
+from dynamo_core.frontend.body import LINGER, discard, read_body
+from dynamo_core.frontend.deliver import stream, unary
+from dynamo_core.frontend.exchange import Exchange
+from dynamo_core.frontend.failure import Failure, Header
+from dynamo_core.frontend.job import Job
+from dynamo_core.frontend.parse import decode
+from dynamo_core.frontend.respond import respond
+from dynamo_core.frontend.service import Service
+from dynamo_core.frontend.together import Together
+from dynamo_core.pipeline.contract import Generation, Model
+
+log = logging.getLogger("dynamo.frontend")
+
+_LAST_WORDS = 5.0
+"""Seconds in which a client must take the last frame of a stream that failed."""
+
+
+class Family(Protocol):
+    """One completion API: how its bodies are decoded, and what they ask for."""
+
+    name: str
+    """The label `endpoint` of metrics and access log."""
+    surface: str
+    """What a model card must offer."""
+    decoder: msgspec.json.Decoder[Any]
+
+    async def prepare(self, body: Any, model: Model, exchange: Exchange, *, direct_routing: bool) -> Job: ...
+
+
+class Endpoint:
+    """`POST` of one API family, as an ASGI application."""
+
+    def __init__(self, service: Service, family: Family) -> None:
+        self._service = service
+        self._family = family
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(self._family.name, scope)
+        service = self._service
+        full = len(service.in_progress) >= service.config.max_requests
+        service.admit(exchange)
+        try:
+            if full:
+                raise AllBusy(f"one more request: {service.config.max_requests} are in progress, the limit of this server")
+            await self._serve(exchange, receive, send)
+        except asyncio.CancelledError:
+            _note(exchange, Failure.of(Cancelled("the connection was closed"), exchange.request_id))
+            raise
+        except Exception as e:
+            await _fail(exchange, e, receive, send)
+        finally:
+            service.finish(exchange)
+
+    async def _serve(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        service, family = self._service, self._family
+        exchange.check_numbers()
+        if service.authenticator is not None and (principal := await service.authenticate(exchange.headers)) is not None:
+            exchange.tenant, exchange.subject = principal.tenant or exchange.tenant, principal.subject
+        raw = await read_body(receive, limit=service.config.max_body_bytes, timeout=service.config.body_timeout)
+        exchange.body_read = True
+        body = decode(family.decoder, raw)
+        del raw
+        exchange.stream = bool(body.stream)
+        model = service.catalog.get(body.model)
+        if family.surface not in model.card.surfaces:
+            raise RequestError(f"model {body.model!r} does not answer {family.surface}; it offers {', '.join(model.card.surfaces)}", param="model")
+        exchange.model = model.name
+        service.metrics.begin(exchange)
+        await self._generate(body, model, exchange, receive, send)
+
+    async def _generate(self, body: Any, model: Model, exchange: Exchange, receive: Receive, send: Send) -> None:
+        """Under the watch of a clock, and of a task that learns when the client leaves."""
+        service = self._service
+        loop = asyncio.get_running_loop()
+        deadline = exchange.arrived + service.config.request_timeout
+        context = Context(exchange.unique_id, deadline=deadline, priority=exchange.priority or 0, session=exchange.session, tenant=exchange.tenant,
+                          traceparent=exchange.traceparent)
+        generation: Generation | None = None
+        limit = asyncio.timeout_at(min(deadline, exchange.arrived + service.config.first_token_timeout))
+        watcher: asyncio.Task[None] | None = None
+        try:
+            async with limit:
+                watcher = loop.create_task(_watch(receive, exchange, context, limit))
+                job = await self._family.prepare(body, model, exchange, direct_routing=service.config.direct_routing)
+                hints = job.requests[0].hints
+                context.priority, context.session = hints.priority, hints.session
+                if job.dry_run:
+                    await self._dry_run(job, exchange, context, send)
+                    return
+                generation = await _start(job, context)
+                first = await generation.read()
+                exchange.first_token = time.monotonic()
+                limit.reschedule(deadline)
+                await (stream if exchange.stream else unary)(job, generation, first, exchange, service.metrics.itl_recorder(exchange.model), send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if context.cancelled:
+                raise Cancelled(context.cancel_reason or "cancelled") from None
+            raise _too_slow(exchange, service.config.request_timeout, service.config.first_token_timeout) from None
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            if generation is not None:
+                exchange.usage, exchange.decisions, exchange.workers = generation.usage, list(generation.decisions), list(generation.workers)
+            if not exchange.finished:
+                context.cancel("request failed")
+                if generation is not None:
+                    generation.cancel(context.cancel_reason or "request failed")
+
+    async def _dry_run(self, job: Job, exchange: Exchange, context: Context, send: Send) -> None:
+        """Where the request would go: the answer is the decision record, and nothing is generated."""
+        decision = await job.model.route(job.requests[0], context)
+        exchange.decisions.append(decision)
+        body = msgspec.json.encode({"id": job.id, "object": "dynamo.decision", "created": int(time.time()), "model": job.body.model, "decision": decision,
+                                    "prompt_tokens": len(job.requests[0].token_ids), "record": self._service.catalog.decision(decision)}, enc_hook=str)
+        exchange.responding, exchange.status, exchange.finished = True, 200, True
+        await respond(send, 200, body, [_id(exchange), (b"x-dynamo-decision", decision.encode("latin-1"))])
+
+
+async def _start(job: Job, context: Context) -> Generation:
+    if len(job.requests) == 1:
+        return await job.model.start(job.requests[0], job.text, context)
+    started: list[Generation] = []
+    try:
+        for request in job.requests:
+            started.append(await job.model.start(request, job.text, context))
+    except BaseException:
+        for generation in started:
+            generation.cancel("another prompt of the same request failed")
+        raise
+    return Together(started, job.requests[0].sampling.n)
+
+
+async def _watch(receive: Receive, exchange: Exchange, context: Context, limit: asyncio.Timeout) -> None:
+    """Cancel the work at once when the client leaves, whatever the request is waiting for."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if exchange.finished:
+        return  # servers report the end of a complete answer in the same way
+    context.cancel("client disconnected")
+    if not limit.expired():
+        limit.reschedule(asyncio.get_running_loop().time() - 1)
+
+
+def _too_slow(exchange: Exchange, request_timeout: float, first_token_timeout: float) -> StreamTimeout:
+    if not exchange.first_token and first_token_timeout < request_timeout:
+        return StreamTimeout(f"no token within {first_token_timeout:g} s (frontend.first_token_timeout)")
+    return StreamTimeout(f"the answer was not complete after {request_timeout:g} s (frontend.request_timeout)")
+
+
+async def _fail(exchange: Exchange, error: Exception, receive: Receive, send: Send) -> None:
+    """Before the first byte an error is an HTTP status; after it, the last frame of the stream."""
+    if exchange.finished:
+        return
+    failure = Failure.of(error, exchange.request_id)
+    if failure.unexpected:
+        log.error("request failed unexpectedly", exc_info=error, extra={"request_id": exchange.request_id, "endpoint": exchange.endpoint, "model": exchange.model})
+    _note(exchange, failure)
+    try:
+        if exchange.responding:
+            async with asyncio.timeout(_LAST_WORDS):
+                await send({"type": "http.response.body", "body": b"data: " + failure.body + b"\n\ndata: [DONE]\n\n", "more_body": False})
+        elif exchange.body_read or isinstance(error, Cancelled):
+            await respond(send, failure.status, failure.body, [_id(exchange), *failure.headers])
+        else:
+            await _refuse_unread(exchange, failure, receive, send)
+    except (OSError, TimeoutError):
+        pass  # the client is gone, or takes nothing: there is nobody to tell
+
+
+async def _refuse_unread(exchange: Exchange, failure: Failure, receive: Receive, send: Send) -> None:
+    """Answer a request whose body is still arriving. The body is read on, into nothing: an unread one would block the connection for good."""
+    rest = asyncio.ensure_future(discard(receive))
+    try:
+        await asyncio.wait((rest,), timeout=LINGER)
+        await respond(send, failure.status, failure.body, [_id(exchange), *failure.headers])
+    finally:
+        rest.cancel()
+
+
+def _note(exchange: Exchange, failure: Failure) -> None:
+    exchange.status, exchange.error_type, exchange.error_code = failure.status, failure.error_type, failure.code
+
+
+def _id(exchange: Exchange) -> Header:
+    return b"x-request-id", exchange.request_id.encode("latin-1")

@@ -1,0 +1,41 @@
+"""`/live`, `/ready` and `/health`: the process runs; it can serve; how well, and why not."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dynamo_core.frontend.replies import reply
+from dynamo_core.frontend.service import Service
+
+
+async def live(service: Service, request: Request) -> Response:
+    """200 while the process runs, also while it drains: restarting a draining process would cut its streams."""
+    return reply({"status": "live"})
+
+
+async def ready(service: Service, request: Request) -> Response:
+    """200 when a load balancer may send requests here; else 503 with the reason."""
+    if service.draining:
+        return reply({"status": "draining", "message": "this frontend is shutting down"}, 503)
+    if (missing := service.catalog.not_ready()) is not None:
+        return reply({"status": "unready", "message": missing}, 503)
+    return reply({"status": "ready"})
+
+
+async def health(service: Service, request: Request) -> Response:
+    """Details for people and dashboards. 503 when unready or draining; `degraded` (a problem is known, requests are served) is 200."""
+    fleet = service.catalog.status()
+    missing = service.catalog.not_ready()
+    problems = [str(problem) for problem in fleet.get("problems") or ()]
+    if missing is not None:
+        problems.insert(0, missing)
+    if service.draining:
+        status = "draining"
+    elif missing is not None:
+        status = "unready"
+    else:
+        status = "degraded" if problems else "healthy"
+    content = {**fleet, "status": status, "problems": problems, "requests_in_progress": len(service.in_progress)}
+    content.setdefault("models", [model.name for model in service.catalog.models()])
+    return reply(content, 503 if status in ("draining", "unready") else 200)

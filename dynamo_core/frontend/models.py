@@ -1,0 +1,31 @@
+"""`GET /v1/models` and `/v1/models/{id}`: only models that can be used now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dynamo_core.frontend.replies import reply
+from dynamo_core.frontend.service import Service
+from dynamo_core.pipeline.contract import Model
+
+
+async def all_models(service: Service, request: Request) -> Response:
+    await service.authenticate(request.scope["headers"])
+    entries = [_entry(model, name) for model in service.catalog.models() for name in (model.name, *model.card.aliases)]
+    return reply({"object": "list", "data": entries})
+
+
+async def one_model(service: Service, request: Request) -> Response:
+    """:raises ModelNotFound: 404. :raises Unavailable: known but not ready, 503 with what is missing."""
+    await service.authenticate(request.scope["headers"])
+    name: str = request.path_params["id"]
+    return reply(_entry(service.catalog.get(name), name))
+
+
+def _entry(model: Model, name: str) -> dict[str, Any]:
+    card = model.card
+    return {"id": name, "object": "model", "created": model.created, "owned_by": "dynamo", "root": model.name, "context_window": card.context_length,
+            "max_model_len": card.context_length, "surfaces": card.surfaces, "capabilities": card.capabilities}

@@ -1,0 +1,1 @@
+"""What runs the ASGI application (kind `http_server`)."""
