@@ -1,32 +1,16 @@
-"""Chat templates, as `transformers` renders them, in a sandbox.
-
-What is bounded: the size of the prompt, and so of every text that the template builds on the way; the number of loop rounds and
-calls; the length of `range`. What is not: the memory of one single operation (a format width, one join) before its result
-is looked at, and the time of one single filter over data that the request brought along.
-"""
+"""Chat templates: messages in, prompt text out, byte for byte as `transformers` renders them."""
 
 from __future__ import annotations
 
-import json
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache, wraps
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dynamo_core.errors import RequestError
-
-MAX_CHARACTERS = 32 * 2**20
-"""Of one prompt, and of any text that a template builds."""
-MAX_STEPS = 2_000_000
-"""Loop rounds and calls in one rendering: a few seconds. A conversation of a thousand messages takes about ten thousand."""
+from dynamo_core.preprocess.sandbox import SANDBOX, bounded
 
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -39,8 +23,8 @@ class ChatTemplate:
         """:raises RequestError: this is no Jinja template."""
         self.source = source
         try:
-            self._template = _ENVIRONMENT.from_string(source)
-            self.takes_parts = _iterates_content(_ENVIRONMENT.parse(source))
+            self._template = SANDBOX.from_string(source)
+            self.takes_parts = _iterates_content(SANDBOX.parse(source))
             """The template itself handles message content that is a list of parts."""
         except jinja2.TemplateError as error:
             raise RequestError(f"the chat template cannot be compiled: {error}", param="chat_template") from error
@@ -59,9 +43,9 @@ class ChatTemplate:
         if tools is not None:
             values["tools"] = list(tools)
         values.update(messages=chat, add_generation_prompt=add_generation_prompt)
-        _work.steps = 0
         try:
-            text = self._template.render(values)
+            with bounded():
+                text = self._template.render(values)
         except jinja2.TemplateError as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
         except RecursionError as error:
@@ -126,126 +110,6 @@ def _joined(parts: list[Any]) -> str:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise RequestError(f"this model's chat template takes text only, but a message holds a part of type {kind!r}", param="messages")
     return "\n".join(texts)
-
-
-# ------------------------------------------------------------------ the sandbox
-
-
-class _Work(threading.local):
-    steps = 0
-
-
-_work = _Work()
-"""Of the rendering that goes on in this thread."""
-
-
-def _step() -> None:
-    _work.steps += 1
-    if _work.steps > MAX_STEPS:
-        raise jinja2.TemplateRuntimeError(f"it takes more than {MAX_STEPS:,} steps")
-
-
-def _bounded(value: Any) -> Any:
-    if isinstance(value, (str, list, tuple)) and len(value) > MAX_CHARACTERS:
-        raise jinja2.TemplateRuntimeError(f"it builds a value of more than {MAX_CHARACTERS:,} characters")
-    return value
-
-
-def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _step()
-        yield item
-
-
-def _concat(parts: Iterable[str]) -> str:
-    kept: list[str] = []
-    size = 0
-    for part in parts:
-        kept.append(part)
-        size += len(part)
-        if size > MAX_CHARACTERS:
-            raise jinja2.TemplateRuntimeError(f"it writes more than {MAX_CHARACTERS:,} characters")
-    return "".join(kept)
-
-
-class _Bounds(Extension):
-    """`{% generation %}` (a mark for training, without effect here)."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    concat = staticmethod(_concat)
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and (isinstance(left, (str, list, tuple)) or isinstance(right, (str, list, tuple))):
-            size, count = (len(left), right) if isinstance(right, int) else (len(right), left)
-            if isinstance(count, int) and size * count > MAX_CHARACTERS:
-                raise jinja2.TemplateRuntimeError(f"it builds a value of more than {MAX_CHARACTERS:,} characters")
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 4096:
-            raise jinja2.TemplateRuntimeError("it computes a number of more than 4096 bits")
-        elif operator == "%" and isinstance(left, str):
-            _check_width(left)
-        return _bounded(super().call_binop(context, operator, left, right))
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _step()
-        if isinstance(getattr(obj, "__self__", None), str) and any(isinstance(arg, int) and arg > MAX_CHARACTERS for arg in args):
-            raise jinja2.TemplateRuntimeError(f"it builds a value of more than {MAX_CHARACTERS:,} characters")
-        return _bounded(super().call(context, obj, *args, **kwargs))
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
-        return tree
-
-
-def _check_width(form: str) -> None:
-    if re.search(r"\d{6}|\*", form):
-        raise jinja2.TemplateRuntimeError(f"it formats with a width that is too large: {form!r}")
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-class _Dict:
-    """`dict(...)`, and nothing of `dict` that a template could climb out by."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Bounds, loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.filters["_counted"] = _counted
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict())
-    return environment
-
-
-_ENVIRONMENT = _environment()
-
-
-# ------------------------------------------------------------------ what a template understands
 
 
 def _iterates_content(tree: nodes.Template) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.errors import RequestError
 from dynamo_core.preprocess.assembler import TextAssembler, logprob_text
+from dynamo_core.preprocess.pieces import Definition
 from dynamo_core.preprocess.template import ChatTemplate, compile_template
 from dynamo_core.preprocess.tokenizer import TextTokenizer, threads
 from dynamo_core.preprocess.vocabulary import Vocabulary
@@ -24,8 +26,9 @@ class TextPreprocessor:
 
     def __init__(self, card: ModelCard, tokenizer_json: bytes) -> None:
         self.card = card
-        self._tokenizer = TextTokenizer(tokenizer_json)
-        self._vocabulary = Vocabulary(self._tokenizer.reference, json.loads(tokenizer_json))
+        definition = msgspec.json.decode(tokenizer_json, type=Definition)
+        self._tokenizer = TextTokenizer(tokenizer_json, definition)
+        self._vocabulary = Vocabulary(self._tokenizer.reference, definition.decoder)
         self._template: ChatTemplate | None = compile_template(card.chat_template) if card.chat_template else None
 
     async def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,

@@ -1,43 +1,101 @@
-"""Text to token ids without stalling the event loop."""
+"""Text to token ids: cheap for what was seen before, and never stalling the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+import random
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
+import structlog
 from tokenizers import Tokenizer
 
+from dynamo_core.preprocess.pieces import Cutter, Definition
+
 INLINE = 2_000
-"""Characters up to which tokenizing at once (about a millisecond at worst) is cheaper than a thread."""
+"""Characters up to which tokenizing at once (a millisecond at worst) is cheaper than a thread."""
+CACHE_BYTES = 64 * 2**20
+"""Texts and tokens that one tokenizer remembers."""
 
 threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dynamo-text")
 """For long prompts. One pool for all models: more threads than cores would only add to the latency of each."""
+
+Encode = Callable[[str], list[int]]
+log = structlog.get_logger(__name__)
 
 
 class TextTokenizer:
     """A `tokenizer.json`. Construct it in a thread: parsing a large one takes a second."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, definition: Definition, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.reference = Tokenizer.from_buffer(content)
         self.reference.no_truncation()
         self.reference.no_padding()
         self._before, self._after = _added_around(self.reference)
+        self._encode_piece: Encode = _accelerated(content, self._encode_reference) or self._encode_reference
+        self._cutter = Cutter(definition)
+        self._cache = _Cache(cache_bytes)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) <= INLINE:
-            ids = self._encode(text)
+            ids = self.encode_now(text)
         else:
-            ids = await asyncio.get_running_loop().run_in_executor(threads, self._encode, text)
+            ids = await asyncio.get_running_loop().run_in_executor(threads, self.encode_now, text)
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
-    def _encode(self, text: str) -> list[int]:
-        # Tokenizer.encode would hold the interpreter lock all the while; this lets it go.
-        return self.reference.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def encode_now(self, text: str) -> list[int]:
+        """The tokens of `text`, without special tokens around it, in this thread."""
+        ids: list[int] = []
+        cache = self._cache
+        for piece in self._cutter.cut(text):
+            found = cache.get(piece)
+            if found is None:
+                found = array("I", self._encode_piece(piece))
+                cache.put(piece, found)
+            ids.extend(found)
+        return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self.reference.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def _encode_reference(self, text: str) -> list[int]:
+        # `encode` would hold the interpreter lock all the while, in whatever thread it runs; this lets it go.
+        return self.reference.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+class _Cache:
+    """The most recently used pieces, up to a number of bytes. Safe to use from several threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._pieces: OrderedDict[str, array[int]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, piece: str) -> array[int] | None:
+        with self._lock:
+            found = self._pieces.get(piece)
+            if found is not None:
+                self._pieces.move_to_end(piece)
+            return found
+
+    def put(self, piece: str, ids: array[int]) -> None:
+        size = _bytes(piece, ids)
+        with self._lock:
+            if size > self._limit // 8 or piece in self._pieces:
+                return
+            self._pieces[piece] = ids
+            self._size += size
+            while self._size > self._limit:
+                self._size -= _bytes(*self._pieces.popitem(last=False))
+
+
+def _bytes(piece: str, ids: array[int]) -> int:
+    return piece.__sizeof__() + ids.__sizeof__() + 100  # and an entry of the dictionary
 
 
 def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -45,3 +103,39 @@ def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     encoding = tokenizer.encode("a", add_special_tokens=True)
     own = [n for n, special in enumerate(encoding.special_tokens_mask) if not special]
     return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
+# ------------------------------------------------------------------ the accelerator
+
+
+def _accelerated(content: bytes, reference: Encode) -> Encode | None:
+    """`fastokens`, where it is installed and gives the same tokens as `tokenizers` on a page of awkward text."""
+    try:
+        import fastokens  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    try:
+        fast = fastokens.Tokenizer.from_json_str(content.decode())
+        for sample in _samples():
+            if list(fast.encode(sample).ids) != reference(sample):
+                raise ValueError(f"its tokens differ for {sample!r}")
+    except Exception as error:
+        log.warning("not using fastokens for this tokenizer", reason=str(error))
+        return None
+
+    def encode(text: str) -> list[int]:
+        try:
+            return list(fast.encode(text).ids)
+        except Exception:  # its patterns have limits on backtracking; the reference has none
+            return reference(text)
+
+    return encode
+
+
+def _samples() -> list[str]:
+    parts = ["Hello", " world", "  ", "\n", "\n\n", "\t", "\r\n", " I'll", "'S", "don't", "12", "34567", "3.14", "été", "e\u0301", "naïve", "你好", "世界",
+             "こんにちは", "안녕", "\u1112\u1161\u11ab", "مرحبا", "नमस्ते", "😀", "👨\u200d👩\u200d👧", "🇫🇷", "\u200b", "\u00a0", "\ufeff", "\u2028", "\0", "_",
+             "__init__", "(x)", "==", "{}", "</s>", "<s>", "<|im_end|>", "<|", "|>", "…", "—", "A", "ABC", "CamelCase", "ﬁ", "①", "½", ".", "!!!",
+             "http://", "x" * 40, " " * 17, "▁", "<0x0A>", "Ω"]
+    dice = random.Random(0)
+    return ["", *parts, *("".join(dice.choices(parts, k=dice.randrange(2, 40))) for _ in range(300))]

@@ -9,8 +9,7 @@ vocabulary of 250,000 tokens costs nothing at start.
 from __future__ import annotations
 
 import codecs
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -56,15 +55,14 @@ def _from_sentencepiece(token: str) -> bytes:
 class Vocabulary:
     """Token ids as bytes and as text. Safe to share between requests; not between threads that fill it at once."""
 
-    def __init__(self, tokenizer: Tokenizer, definition: Mapping[str, Any] | None = None) -> None:
-        """`definition`: the parsed `tokenizer.json`, when the caller has it already."""
+    def __init__(self, tokenizer: Tokenizer, decoder: dict[str, Any] | None) -> None:
+        """`decoder`: as the `tokenizer.json` defines it."""
         self.tokenizer = tokenizer
-        decoder = (definition or json.loads(tokenizer.to_str())).get("decoder")
         to_bytes, self.strips_left, self.errors = _family(decoder)
         self.exact = to_bytes is not None
         """Tokens become bytes one by one, so that `shown` and `all` are enough to decode any sequence."""
         self.special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-        to_bytes = to_bytes or (lambda token: token.encode())
+        to_bytes = to_bytes or str.encode
         self.all = Bytes(tokenizer, to_bytes, frozenset())
         """Every token as written."""
         self.shown = Bytes(tokenizer, to_bytes, self.special)

@@ -1,0 +1,113 @@
+"""Where a text can be cut so that its parts, tokenized one by one, give the tokens of the whole.
+
+Cutting is what makes caching possible: a conversation that grows is tokenized from its newest message on, and a document
+that many prompts begin with is tokenized once. Two kinds of cuts are exact:
+
+- before a special token, because a tokenizer takes these out of the text before it does anything else;
+- before the space in `a b`, for tokenizers that split text into words by a pattern known to end a word there.
+
+Which kinds hold is read from the `tokenizer.json`. What is not known to be exact is not cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+CHUNK = 2048
+"""Characters after which a long piece is cut at the next place between two words."""
+
+_BETWEEN_WORDS = re.compile("(?<=[a-z])(?= [a-z])")
+
+# In each of these, letters and a space never stand in one word, unless the space comes first.
+_GPT2_WORDS = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_CL100K_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+_KNOWN_WORDS = frozenset({_GPT2_WORDS, *(_CL100K_WORDS + digits + _REST for digits in ("\\p{N}", "\\p{N}{1,3}"))})
+
+
+class AddedToken(msgspec.Struct):
+    content: str
+    special: bool = False
+    normalized: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class Definition(msgspec.Struct):
+    """The parts of a `tokenizer.json` that matter here; the vocabulary, which is most of it, is not parsed."""
+
+    added_tokens: list[AddedToken] = []
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+
+
+class Cutter:
+    """Cuts texts for one tokenizer."""
+
+    def __init__(self, definition: Definition) -> None:
+        self.special = _before_special(definition.added_tokens)
+        """Finds the special tokens, or `None` when cutting before them is not exact."""
+        self.words = _between_words_is_exact(definition)
+
+    def cut(self, text: str) -> Iterator[str]:
+        """The parts of `text`, in order. Where cuts are depends only on what comes before them, so equal beginnings give equal parts."""
+        start = 0
+        if self.special is not None:
+            for match in self.special.finditer(text):
+                if match.start() > start:
+                    yield from self._chunks(text, start, match.start())
+                    start = match.start()
+        if start < len(text):
+            yield from self._chunks(text, start, len(text))
+
+    def _chunks(self, text: str, start: int, end: int) -> Iterator[str]:
+        while self.words and end - start > CHUNK:
+            between = _BETWEEN_WORDS.search(text, start + CHUNK, end)
+            if between is None:
+                break
+            yield text[start : between.start()]
+            start = between.start()
+        yield text[start:end]
+
+
+def _before_special(added: list[AddedToken]) -> re.Pattern[str] | None:
+    raw = [token for token in added if not token.normalized]
+    if any(token.lstrip or token.single_word for token in added) or any(token.content[:1].isspace() and other.rstrip for token in raw for other in raw):
+        return None  # what stands before a token can change it, or be changed by it
+    special = sorted((token.content for token in raw if token.special and token.content), key=len, reverse=True)
+    others = [token.content for token in raw if not token.special]
+    if not special or any(_overlap(other, content) for other in others for content in special):
+        return None
+    return re.compile("|".join(map(re.escape, special)))  # the longest first, as tokenizers match
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether a match of `first` could take away the beginning of a match of `second`."""
+    return second in first or any(second.startswith(first[n:]) for n in range(len(first)))
+
+
+def _between_words_is_exact(definition: Definition) -> bool:
+    if (definition.normalizer or {"type": "NFC"})["type"] != "NFC" or any(re.search("[a-z] [a-z]", token.content) for token in definition.added_tokens):
+        return False
+    if any(token.lstrip or token.single_word for token in definition.added_tokens):
+        return False
+    step = definition.pre_tokenizer or {"type": "none"}
+    steps: list[dict[str, Any]] = step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    splits = False
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                splits = splits or step.get("use_regex", True)
+            case {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False} if words in _KNOWN_WORDS:
+                splits = True
+            case {"type": "Digits"}:
+                pass
+            case _:
+                return False
+    return splits
