@@ -204,7 +204,8 @@ class Plugins:
             left_out = next((p for p in self.plugins if p.problem and p.distribution == package), None)
             if left_out:
                 raise ConfigError(Problem(f"{spoken} {name!r} is provided by {left_out}, which was left out: {left_out.problem}", where, source))
-            raise ConfigError(Problem(f"{spoken} {name!r} is provided by {package}, which is not installed", where, source, f"install it: pip install {package}"))
+            what = f"{spoken} {name!r} is provided by {package}, which is not installed"
+            raise ConfigError(Problem(what, where, source, f"install it: pip install {package}"))
         if close := difflib.get_close_matches(name, known, 1):
             remedy = f"did you mean {close[0]!r} (from {known[close[0]].plugin})?"
         else:

@@ -4,7 +4,7 @@
     discovery = build(config.discovery, "discovery", plugins)
 """
 
-from dynamo_core.config.load import build, check, load, structure
+from dynamo_core.config.load import build, check, load, load_with_plugins, plugins_for, structure
 from dynamo_core.config.origins import Setting, origins
 from dynamo_core.config.schema import (
     Config,
@@ -38,6 +38,8 @@ __all__ = [
     "check",
     "choice",
     "load",
+    "load_with_plugins",
     "origins",
+    "plugins_for",
     "structure",
 ]

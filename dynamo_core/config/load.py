@@ -33,6 +33,24 @@ def load(path: Path | None = None, *, text: str | None = None, overrides: Sequen
     return resolve(path, text=text, overrides=overrides, environ=environ, plugins=plugins)[0]
 
 
+def load_with_plugins(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (),
+                      environ: Mapping[str, str] = os.environ) -> tuple[Config, Plugins]:
+    """What a process does at start: the plugins, less those that the configuration itself turns off, and the configuration checked against them.
+
+    :raises ConfigError: with every problem at once.
+    """
+    plugins = plugins_for(path, text=text, overrides=overrides, environ=environ)
+    return load(path, text=text, overrides=overrides, environ=environ, plugins=plugins), plugins
+
+
+def plugins_for(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Plugins:
+    """The installed plugins, less `plugins.disabled`. Never fails: what is wrong with the configuration is for `load` to say."""
+    tree, _ = _layered(path, text, overrides, environ)
+    table: Any = tree.data.get("plugins")
+    names: Any = table.get("disabled") if isinstance(table, dict) else None
+    return Plugins.load(disabled=[name for name in names if isinstance(name, str)] if isinstance(names, list) else ())
+
+
 def check(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ,
           plugins: Plugins | None = None) -> list[Problem]:
     """What `load` would complain about."""
@@ -45,24 +63,29 @@ def check(path: Path | None = None, *, text: str | None = None, overrides: Seque
 
 def resolve(path: Path | None, *, text: str | None, overrides: Sequence[str], environ: Mapping[str, str], plugins: Plugins | None) -> tuple[Config, Tree]:
     """The configuration, and the tree that says where each of its values was written."""
-    if path is None and text is None and environ.get("DYNAMO_CONFIG"):
-        path = Path(environ["DYNAMO_CONFIG"])
-    syntax: list[Problem] = []
-    tree = Tree()
-    if path is not None or text is not None:
-        try:
-            tree = read(path, text)
-        except ConfigError as e:
-            syntax.extend(e.problems)
-    layers = [*apply_environment(tree, environ), *apply_overrides(tree, overrides)]
+    tree, problems = _layered(path, text, overrides, environ)
     structurer = Structurer(tree.marks, plugins, environ)
-    structurer.problems.extend((*syntax, *layers))
+    structurer.problems.extend(problems)
     try:
         config: Config = structurer.table(Config, tree.data, ())
     except Bad:
         config = Config()
     structurer.finish()
     return config, tree
+
+
+def _layered(path: Path | None, text: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> tuple[Tree, list[Problem]]:
+    if path is None and text is None and environ.get("DYNAMO_CONFIG"):
+        path = Path(environ["DYNAMO_CONFIG"])
+    problems: list[Problem] = []
+    tree = Tree()
+    if path is not None or text is not None:
+        try:
+            tree = read(path, text)
+        except ConfigError as e:
+            problems.extend(e.problems)
+    problems += [*apply_environment(tree, environ), *apply_overrides(tree, overrides)]
+    return tree, problems
 
 
 def read(path: Path | None, text: str | None) -> Tree:

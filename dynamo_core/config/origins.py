@@ -105,3 +105,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def uses(table: Any) -> Iterator[tuple[str, Use]]:
+    """Every choice of a component in the configuration: `(kind, use)`."""
+    for a in attrs.fields(type(table)):
+        value = getattr(table, a.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Use):
+                yield str(a.metadata.get("kind", "")), item
+            elif attrs.has(type(item)):
+                yield from uses(item)

@@ -1,0 +1,30 @@
+"""Asking a frontend, with errors that say what to do."""
+
+from __future__ import annotations
+
+import httpx
+
+from dynamo_core.errors import Unavailable
+
+
+def get(client: httpx.Client, path: str) -> httpx.Response:
+    """:raises Unavailable: nobody answers there."""
+    try:
+        return client.get(path)
+    except httpx.HTTPError as e:
+        raise unreachable(client, e) from e
+    except (httpx.InvalidURL, ValueError) as e:
+        raise Unavailable(f"{client.base_url} is not a URL: {e}") from e
+
+
+def unreachable(client: httpx.Client, error: httpx.HTTPError) -> Unavailable:
+    reason = str(error) or type(error).__name__
+    return Unavailable(f"the frontend at {str(client.base_url).rstrip('/')} does not answer ({reason}); is it running? --url says where to look")
+
+
+def refusal(response: httpx.Response) -> str:
+    """The message of an OpenAI-shaped error."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]
