@@ -68,7 +68,7 @@ class RoutingRequest:
     prompt_tokens: int = 0
     role: Role = "aggregated"
     """Which kind of worker is wanted."""
-    hints: Hints = Hints()
+    hints: Hints = attrs.field(default=Hints())
     adapter: str | None = None
     cache_salt: str | None = None
     max_tokens: int | None = None
@@ -81,7 +81,9 @@ class Fleet:
 
     __slots__ = ("_columns", "_needs", "_policy", "workers")
 
-    def __init__(self, workers: Sequence[Worker], columns: Mapping[Fact[Any], Sequence[Any]], policy: str = "", needs: frozenset[Fact[Any]] | None = None) -> None:
+    def __init__(
+        self, workers: Sequence[Worker], columns: Mapping[Fact[Any], Sequence[Any]], policy: str = "", needs: frozenset[Fact[Any]] | None = None
+    ) -> None:
         self.workers = workers
         self._columns = columns
         self._policy = policy

@@ -21,6 +21,7 @@ Rejection = tuple[int, str, str]
 """Row, filter, reason."""
 Fault = tuple[str, str]
 """Policy, and what it did."""
+Scores = dict[str, tuple[float, Sequence[float]]]
 
 
 @attrs.frozen(eq=False)
@@ -35,21 +36,9 @@ class Part:
     """The name under which it is registered."""
     weight: float = 1.0
     plugin: str = ""
-    needs: frozenset[Fact[Any]] = attrs.field(init=False)
-    raw: bool = attrs.field(init=False)
-    busy: bool = attrs.field(init=False)
-
-    @needs.default
-    def _(self) -> frozenset[Fact[Any]]:
-        return frozenset(getattr(self.component, "needs", ()))
-
-    @raw.default
-    def _(self) -> bool:
-        return getattr(self.component, "scale", "unit") == "raw"
-
-    @busy.default
-    def _(self) -> bool:
-        return bool(getattr(self.component, "busy", False))
+    needs: frozenset[Fact[Any]] = attrs.field(init=False, default=attrs.Factory(lambda self: frozenset(getattr(self.component, "needs", ())), takes_self=True))
+    raw: bool = attrs.field(init=False, default=attrs.Factory(lambda self: getattr(self.component, "scale", "unit") == "raw", takes_self=True))
+    busy: bool = attrs.field(init=False, default=attrs.Factory(lambda self: bool(getattr(self.component, "busy", False)), takes_self=True))
 
     def describe(self) -> dict[str, Any]:
         about: dict[str, Any] = {"use": self.use or self.name, "plugin": self.plugin, "options": options_of(self.component)}
@@ -78,7 +67,7 @@ class Choice:
     rejected: list[Rejection]
     candidates: Sequence[int]
     """The rows that no filter rejected; scores and totals have one entry for each."""
-    scores: dict[str, tuple[float, Sequence[float]]]
+    scores: Scores
     """By scorer: its weight and its scores."""
     totals: Sequence[float]
     faults: list[Fault]
@@ -130,7 +119,7 @@ class Stack:
         fleet, candidates, rejected = self._filter(request, Fleet(workers, columns), skip, faults)
         if not candidates:
             return Choice(None, rejected, candidates, {}, (), faults)
-        scores: dict[str, tuple[float, Sequence[float]]] = {}
+        scores: Scores = {}
         if self.policy is not None:
             row, totals = self._choose(self.policy, request, fleet, dice, skip, faults)
             scores[self.policy.name] = (1.0, totals)
@@ -169,7 +158,7 @@ class Stack:
                 fleet = fleet.take(kept)
         return fleet, candidates, rejected
 
-    def _score(self, request: RoutingRequest, fleet: Fleet, skip: Collection[str], scores: dict[str, tuple[float, Sequence[float]]], faults: list[Fault]) -> list[float]:
+    def _score(self, request: RoutingRequest, fleet: Fleet, skip: Collection[str], scores: Scores, faults: list[Fault]) -> list[float]:
         totals: list[float] = []
         for part in self.scorers:
             if part.name in skip:

@@ -23,7 +23,7 @@ TURN: Fact[int] = Fact("worker.turn", int, "", "Number of the last decision of t
 # ------------------------------------------------------------------ provided by `bookings`: what this process sent
 
 IN_FLIGHT: Fact[int] = Fact("bookings.in_flight", int, "{request}", "Requests that this process sent to the worker and has not seen end.")
-BOOKED_PREFILL_TOKENS: Fact[int] = Fact("bookings.prefill_tokens", int, "{token}", "Of those requests: prompt tokens that were not cached and are not prefilled yet.")
+BOOKED_PREFILL_TOKENS: Fact[int] = Fact("bookings.prefill_tokens", int, "{token}", "Of those: prompt tokens that were not cached and are not prefilled yet.")
 BOOKED_BLOCKS: Fact[int] = Fact("bookings.blocks", int, "{block}", "Of those requests: KV blocks of prompt and output so far.")
 
 # ------------------------------------------------------------------ provided by `engine-load`: what engines report

@@ -229,6 +229,10 @@ class _Report:
     at: float = -math.inf
 
 
+def _load_decoder() -> msgspec.msgpack.Decoder[Load]:
+    return msgspec.msgpack.Decoder(Load)
+
+
 @attrs.define
 class EngineLoad:
     """What the engines report of themselves on the event plane."""
@@ -237,7 +241,7 @@ class EngineLoad:
     topics = ("load",)
     clock: Callable[[], float] = attrs.field(default=time.monotonic, init=False, eq=False, repr=False)
     _rows: Rows[_Report] = attrs.field(factory=lambda: Rows(_Report), init=False, eq=False, repr=False)
-    _decoder: msgspec.msgpack.Decoder[Load] = attrs.field(factory=lambda: msgspec.msgpack.Decoder(Load), init=False, eq=False, repr=False)
+    _decoder: msgspec.msgpack.Decoder[Load] = attrs.field(factory=_load_decoder, init=False, eq=False, repr=False)
 
     def joined(self, worker: Worker, instance: Instance, card: ModelCard) -> None:
         self._rows.join(worker)

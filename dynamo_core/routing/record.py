@@ -114,7 +114,7 @@ class Decision:
             f"time       {datetime.fromtimestamp(self.time, UTC):%Y-%m-%d %H:%M:%S.%f} UTC",
         ]
         if self.dispatched is not None or self.outcome:
-            served = str(self.dispatched) if self.dispatched not in self.workers else names[list(self.workers).index(self.dispatched)]
+            served = "nobody" if self.dispatched is None else dict(zip(self.workers, names, strict=True)).get(self.dispatched, str(self.dispatched))
             about.append(f"served by  {served}" + (f", {self.outcome}" if self.outcome else ""))
         if (wanted := _hints(request)) != "":
             about.append(f"hints      {wanted}")
@@ -142,7 +142,9 @@ class Decision:
             rows.append(["*" if i == chosen else "", names[self.candidates[i]], f"{self.totals[i]:.4g}", *values])
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))] if rows else [0, 0]
         name_width = max([widths[1], *(len(names[row]) for row, _, _ in self.rejected)])
-        lines = [f"{row[0]:<1} {row[1]:<{name_width}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)) for row in rows]
+        lines: list[str] = []
+        for mark, name, *cells in rows:
+            lines.append(f"{mark:<1} {name:<{name_width}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True)))
         return lines + [f"x {names[row]:<{name_width}}  {by}: {why}" for row, by, why in self.rejected]
 
     # -------------------------------------------------------------- for programs
@@ -245,7 +247,7 @@ def _uncolumn(raw: Mapping[str, Any]) -> Sequence[Any]:
     values = [_untagged(x) for x in raw["values"]]
     if "dtype" not in raw:
         return tuple(values)
-    array = np.array(values, dtype=raw["dtype"])
+    array: Any = np.array(values, dtype=raw["dtype"])
     array.setflags(write=False)
     return array
 

@@ -128,8 +128,9 @@ class Router:
         columns = self._columns(request)
         seed = self._seed_of(self._decided)
         stack = self.stack
+        tokens = request.prompt_tokens or len(request.token_ids)
         bare = RoutingRequest(
-            request.id, request.model, (), request.prompt_tokens or len(request.token_ids), request.role, request.hints, request.adapter, None, request.max_tokens, request.failed
+            request.id, request.model, (), tokens, request.role, request.hints, request.adapter, None, request.max_tokens, request.failed
         )
         choice = stack.decide(bare, self._workers, columns, Dice(seed))
         self._recorded += 1
@@ -150,8 +151,10 @@ class Router:
         for part in self._asked:
             try:
                 given: Mapping[Fact[Any], Sequence[Any]] = part.component.columns(request, workers)
-                if not all([type(column) is tuple and len(column) == rows for column in given.values()]):
-                    given = {fact: _sealed(fact, column, rows) for fact, column in given.items()}
+                for column in given.values():
+                    if type(column) is not tuple or len(column) != rows:
+                        given = {fact: _sealed(fact, column, rows) for fact, column in given.items()}
+                        break
                 columns.update(given)
             except Exception as e:
                 self._fault(part.name, said(e))
@@ -327,6 +330,3 @@ def _sealed(fact: Fact[Any], column: Any, rows: int) -> Sequence[Any]:
         return tuple(column)
     column.setflags(write=False)
     return column
-
-
-

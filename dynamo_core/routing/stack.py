@@ -52,6 +52,7 @@ class _Builder:
         self.plugins = plugins
         self.problems: list[Problem] = []
         self.unloadable: list[str] = []
+        self.names: dict[str, int] = {}
 
     def stack(self, router: Router) -> Stack:
         plan = self.plan(router)
@@ -78,7 +79,7 @@ class _Builder:
         plan = _Plan() if use is None else self.preset(use)
         if router.use is not None and own:
             what = "scorers" if router.scorers else "a picker"
-            self.problem(f"[router] names the policy {router.use.name!r} and {what} as well; the policy brings its own", router.use.where, "remove one of the two")
+            self.problem(f"[router] names the policy {router.use.name!r}, which brings its own, and {what}", router.use.where, "remove one of the two")
         plan.filters += router.filters
         plan.scorers += router.scorers
         plan.picker = router.picker or plan.picker
@@ -91,20 +92,21 @@ class _Builder:
         built = self.build(use, "policy")
         if isinstance(built, Preset):
             table = dict(built.stack())
-            plan = _Plan(*([_use(entry) for entry in table.pop(key, ())] for key in ("filters", "scorers")))
-            plan.facts = [_use(entry) for entry in table.pop("facts", ())]
+            filters, scorers, facts = ([_use(entry) for entry in table.pop(key, ())] for key in ("filters", "scorers", "facts"))
+            plan = _Plan(filters, scorers, facts=facts)
             plan.picker = _use(picker) if (picker := table.pop("picker", None)) else None
             if table:
                 self.problem(f"policy {use.name!r}: its stack has unknown keys: {', '.join(table)}", use.where)
             return plan
         if built is not None and not isinstance(built, Policy):
             self.problem(f"policy {use.name!r} has neither `stack` nor `needs` and `choose`", use.where, "see docs/contracts/routing.md")
-        return _Plan(policy=None if built is None else Part("policy", use.name, built, use.name, plugin=self.plugin("policy", use.name)))
+        return _Plan(policy=None if built is None else Part("policy", self.name("policy", use), built, use.name, plugin=self.plugin("policy", use.name)))
 
     def temperature(self, temperature: float, plan: _Plan, router: Router) -> None:
         where = router.use.where if router.use else ""
         if router.picker is not None:
-            self.problem("[router] sets a temperature and a picker; a temperature by itself is short for the picker `softmax`", router.picker.where, "write the temperature in the picker")
+            what = "[router] sets a temperature, which is short for the picker `softmax`, and a picker"
+            self.problem(what, router.picker.where, "write the temperature in the picker")
         elif plan.policy is not None or (plan.picker is not None and plan.picker.name not in ("best", "softmax")):
             by = f"the policy {plan.policy.name!r}" if plan.policy else f"the picker {plan.picker.name!r}" if plan.picker else ""
             self.problem(f"[router] sets a temperature, which {by} does not use", where, "remove it")
@@ -115,7 +117,6 @@ class _Builder:
 
     def parts(self, kind: str, uses: Iterable[Use]) -> list[Part]:
         parts: list[Part] = []
-        seen: dict[str, int] = {}
         for use in uses:
             if (component := self.build(use, kind)) is None:
                 continue
@@ -123,10 +124,14 @@ class _Builder:
                 missing = ", ".join(f"`{name}`" for name in sorted(_members(kind)) if not hasattr(component, name))
                 self.problem(f"{kind} {use.name!r} lacks {missing}", use.where, "see docs/contracts/routing.md")
                 continue
-            seen[use.name] = seen.get(use.name, 0) + 1
-            name = use.name if seen[use.name] == 1 else f"{use.name}#{seen[use.name]}"
-            parts.append(Part(kind, name, component, use.name, use.weight, self.plugin(kind, use.name)))
+            parts.append(Part(kind, self.name(kind, use), component, use.name, use.weight, self.plugin(kind, use.name)))
         return parts
+
+    def name(self, kind: str, use: Use) -> str:
+        """Unique in the stack, as faults are counted by it."""
+        name = f"facts.{use.name}" if kind == "facts" else use.name
+        self.names[name] = self.names.get(name, 0) + 1
+        return name if self.names[name] == 1 else f"{name}#{self.names[name]}"
 
     def build(self, use: Use, kind: str) -> Any:
         from dynamo_core.config import build
@@ -157,7 +162,8 @@ class _Builder:
                 added += self.parts("facts", [Use(component.name)])
         for part in policies:
             for fact in sorted(part.needs & wanted, key=lambda fact: fact.name):
-                self.problem(f"{part.kind} {part.name!r} needs the fact {fact.name!r}, and nothing in this stack provides it", where.get(part.use, ""), self.remedy(fact))
+                what = f"{part.kind} {part.name!r} needs the fact {fact.name!r}, and nothing in this stack provides it"
+                self.problem(what, where.get(part.use, ""), self.remedy(fact))
         return added
 
     def offers(self, component: Component) -> frozenset[Fact[Any]]:
