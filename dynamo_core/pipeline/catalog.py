@@ -22,8 +22,9 @@ from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
 from dynamo_core.pipeline.model import Member, ServedModel
+from dynamo_core.pipeline.observers import Watcher, tell
 from dynamo_core.preprocess.text import TextPreprocessor
-from dynamo_core.routing.record import Decision
+from dynamo_core.routing.ring import Ring
 from dynamo_core.routing.router import Router
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.runtime import names
@@ -52,7 +53,7 @@ class FleetCatalog:
         self._families = PipelineFamilies(registry)
         self._watch = FleetWatch(runtime, self._joined, self._left)
         self._feeds = EventFeeds(runtime)
-        self._seed = self._config.router.seed
+        self._ring = Ring(self._config.router.decisions)
         build_stack(self._config.router, runtime.plugins)  # a stack that cannot start must not wait for its first worker to say so
 
     @classmethod
@@ -94,27 +95,21 @@ class FleetCatalog:
         return None if None in missing else "; ".join(filter(None, missing))
 
     def decision(self, decision_id: str) -> dict[str, Any] | None:
-        for dispatcher in self._dispatchers():
-            if (decision := dispatcher.router.ring.get(decision_id)) is not None:
-                labels = {worker: dispatcher.label(worker) for worker in decision.workers}
-                return {**decision.to_json(), "labels": {str(worker): label for worker, label in labels.items()}, "text": decision.render(labels)}
-        return None
+        decision = self._ring.get(decision_id)
+        return None if decision is None else {**decision.to_dict(), "text": decision.render()}
 
     def status(self) -> dict[str, Any]:
         return {
             "models": {name: model.status() for name, model in sorted(self._models.items())},
             "problems": self.problems(),
             "request_plane": self._config.request_plane.name, "event_plane": self._config.event_plane.name, "discovery": self._config.discovery.name,
-            "routers": {f"{name}/{role}": dispatcher.router.describe() for name, model in sorted(self._models.items()) for role, dispatcher in model.dispatchers.items()},
+            "stacks": {f"{name}/{role}": dispatcher.router.stack.describe() for name, model in sorted(self._models.items()) for role, dispatcher in model.dispatchers.items()},
         }
 
     def problems(self) -> dict[str, str]:
         """Named degraded states; empty when all is well."""
         refused = {f"worker {id & 0xFFFFFF:06x}": why for id, why in self._refused.items()}
         return {**self._runtime.problems(), **self._watch.problems(), **refused, **self._feeds.problems()}
-
-    def _dispatchers(self) -> list[Dispatcher]:
-        return [dispatcher for model in self._models.values() for dispatcher in model.dispatchers.values()]
 
     # -------------------------------------------------------------- what discovery says
 
@@ -186,7 +181,7 @@ class FleetCatalog:
 
         def dispatcher(role: Role) -> Dispatcher:
             stack = build_stack(self._config.router, self._runtime.plugins, role=role)
-            router = Router(card.name, role, stack, seed=self._seed, decisions=self._config.router.decisions, on_fault=metrics.fault, on_decision=self._decided)
+            router = Router(card.name, stack, role=role, seed=self._config.router.seed, ring=self._ring, observer=Watcher(metrics, self._runtime.plugins))
             self._feeds.add(router, instance.component)
             return Dispatcher(router, self._runtime.channels, self._config.migration.inhibit)
 
@@ -196,16 +191,5 @@ class FleetCatalog:
         endpoint = f"{instance.namespace}.{instance.component}.{names.PROBE}"
         await self._runtime.channels.call(instance.address, endpoint, b"", Context("canary"), timeout=PROBE_TIMEOUT)
 
-    # -------------------------------------------------------------- observers
-
-    def _decided(self, decision: Decision) -> None:
-        hook = self._runtime.plugins.manager.hook.dynamo_decision
-        if hook.get_hookimpls():
-            self._tell("dynamo_decision", decision=decision)
-
     def _tell(self, hook: str, **facts: Any) -> None:
-        try:
-            getattr(self._runtime.plugins.manager.hook, hook)(**facts)
-        except Exception:
-            log.exception("a plugin's %s failed", hook)
-
+        tell(self._runtime.plugins, hook, **facts)

@@ -11,7 +11,6 @@ import msgspec
 from dynamo_core.context import Context
 from dynamo_core.errors import CannotConnect, Disconnected, DynamoError, EngineDead, StreamTimeout, WorkerDraining, WorkerOverloaded
 from dynamo_core.routing.contract import RoutingRequest, Worker
-from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.router import Router
 from dynamo_core.runtime import names
@@ -51,6 +50,7 @@ class Leg:
 
     def end(self, outcome: Literal["done", "failed", "cancelled"]) -> None:
         """Free the booking. Call exactly once."""
+        self.decision.outcome = outcome
         self._router.finished(self.request_id, self.worker, outcome)
 
 
@@ -65,8 +65,7 @@ class Dispatcher:
         self._changed = asyncio.Event()
 
     def label(self, worker: Worker) -> str:
-        instance = self.instances.get(worker.instance)
-        return (instance.label if instance else f"{worker.instance & 0xFFFFFF:06x}") + (f"/{worker.dp_rank}" if worker.dp_rank else "")
+        return self.router.label(worker)
 
     def changed(self) -> None:
         """Wake whoever waits for a worker."""
@@ -84,11 +83,10 @@ class Dispatcher:
     async def dispatch(self, request: Request, asked: RoutingRequest, context: Context, block_size: int) -> Leg:
         """Route and open. :raises NoWorker: nobody can take it. :raises CannotConnect: the chosen one does not answer."""
         decision = self.router.route(asked)
-        worker = decision.chosen
+        worker = decision.worker
         assert worker is not None, "route raises when nobody is chosen"
         instance = self.instances[worker.instance]
-        overlap = decision.value(OVERLAP_TOKENS, worker)
-        self.router.booked(asked, worker, int(overlap or 0))
+        self.router.booked(asked, worker, decision.overlap_tokens)
         try:
             if request.hints.dp_rank != worker.dp_rank and (worker.dp_rank or request.hints.dp_rank is not None):
                 request = msgspec.structs.replace(request, hints=msgspec.structs.replace(request.hints, dp_rank=worker.dp_rank))
@@ -99,6 +97,7 @@ class Dispatcher:
             if isinstance(e, CannotConnect):
                 self.failed(worker, e)
             raise
+        decision.dispatched = worker
         return Leg(self.router, decision, worker, stream, asked.id, block_size)
 
     def failed(self, worker: Worker, error: DynamoError) -> None:

@@ -11,6 +11,7 @@ class PipelineMetrics:
     def __init__(self, families: PipelineFamilies, model: str) -> None:
         self._families = families
         self._model = model
+        self._decision_seconds = families.decision_seconds.labels(model=model)
 
     def migrated(self, kind: str, outcome: str, seconds: float) -> None:
         """:param kind: `new_request` or `ongoing_request`. :param outcome: `success` or `failure`."""
@@ -22,6 +23,9 @@ class PipelineMetrics:
         self._families.model_ready.labels(model=self._model).set(1 if ready else 0)
         self._families.workers.labels(model=self._model, state="ready").set(ready)
         self._families.workers.labels(model=self._model, state="registered").set(registered)
+
+    def decided(self, seconds: float) -> None:
+        self._decision_seconds.observe(seconds)
 
     def fault(self, policy: str) -> None:
         self._families.faults.labels(policy=policy).inc()
@@ -37,3 +41,5 @@ class PipelineFamilies:
         self.model_ready = Gauge("dynamo_frontend_model_ready", "1 when the model is served.", ["model"], registry=registry)
         self.workers = Gauge("dynamo_frontend_workers", "Workers by state: registered, or ready to serve.", ["model", "state"], registry=registry)
         self.faults = Counter("dynamo_router_policy_faults", "Decisions for which a policy was skipped because it broke its contract.", ["policy"], registry=registry)
+        self.decision_seconds = Histogram("dynamo_router_decision_seconds", "Time to decide, record included.", ["model"],
+                                          buckets=(.00001, .00002, .00005, .0001, .0002, .0005, .001, .002, .005, .01, .1), registry=registry)

@@ -185,6 +185,15 @@ class Runtime:
         found = {"lease": self._lease_problem, "discovery": self.discovery.problem(), "events": self._event_plane.problem()}
         return {name: problem for name, problem in found.items() if problem}
 
+    async def crash(self) -> None:
+        """End as a killed process would, for tests: connections break, and nothing is deregistered."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if self._server is not None:
+            await self._server.close()
+        if (abandon := getattr(self.lease, "abandon", None)) is not None:
+            abandon()
+
     async def _close(self) -> None:
         if self._keeper is not None:
             self._keeper.cancel()

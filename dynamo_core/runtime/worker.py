@@ -31,7 +31,7 @@ from dynamo_core.types import Load, Output, Request, Sampling, Stops
 log = logging.getLogger(__name__)
 
 SETTLE = 1.0
-"""Seconds after leaving discovery for which new requests are still taken: callers see the change a moment later."""
+"""Seconds, by default, after leaving discovery for which new requests are still taken: callers see the change a moment later."""
 
 _decode_request = msgspec.msgpack.Decoder(Request).decode
 _encode = msgspec.msgpack.encode
@@ -40,10 +40,11 @@ _encode = msgspec.msgpack.encode
 class Worker:
     """Serves one engine under `namespace.<name>.generate`."""
 
-    def __init__(self, runtime: Runtime, engine: Engine, settings: Settings, metrics: WorkerMetrics) -> None:
+    def __init__(self, runtime: Runtime, engine: Engine, settings: Settings, metrics: WorkerMetrics, *, settle: float = SETTLE) -> None:
         self.runtime = runtime
         self.engine = engine
         self.settings = settings
+        self._settle = settle
         self.metrics = metrics
         self.admission = Admission(settings.max_requests)
         self.card: ModelCard | None = None
@@ -279,7 +280,7 @@ class Worker:
             self._visible = False
             await self.runtime.withdraw(self.settings.name, names.GENERATE)
             log.info("worker %s left discovery; %d requests in progress", self.settings.name, self.admission.in_flight)
-            await asyncio.sleep(min(SETTLE, self.settings.drain_timeout))
+            await asyncio.sleep(min(self._settle, self.settings.drain_timeout))
         self.admission.close("this worker is leaving")
         if not await self.admission.idle(self.settings.drain_timeout):
             log.warning("worker %s: %d requests are still in progress after %g s; they move to other workers",

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dynamo_core.cli.options import ConfigFile, Overrides
+from dynamo_core.cli.supervisor import Child, Supervisor
+from dynamo_core.config import load
+from dynamo_core.config.schema import Config
+from dynamo_core.plugins import Plugins
+
+log = logging.getLogger(__name__)
+
+
+def frontend(
+    file: ConfigFile = None, /, *,
+    port: Annotated[int | None, Parameter(help="Listen here instead of the file's frontend.port.")] = None,
+    single: Annotated[bool, Parameter(negative=(), show=False)] = False,
+    overrides: Overrides = (),
+) -> int:
+    """Serve the OpenAI API for the workers of the fleet until SIGTERM or Ctrl-C, then drain."""
+    from dynamo_core.frontend.role import serve_frontend
+    from dynamo_core.observability import logs
+    from dynamo_core.runtime.process import run_role
+
+    if port is not None:
+        overrides = (*overrides, f"frontend.port={port}")
+    plugins = Plugins.load()
+    config = load(file, overrides=overrides, plugins=plugins)
+    logs.setup(config.observability.log_level, config.observability.log_format, role="frontend")
+    if config.frontend.processes > 1 and not single:
+        arguments = ["frontend", *([str(file)] if file else []), *(f"--set={override}" for override in overrides), "--single"]
+        return run_role(lambda stop: _several(config, arguments, stop))
+    return run_role(lambda stop: serve_frontend(config, plugins, stop))
+
+
+async def _several(config: Config, arguments: list[str], stop: asyncio.Event) -> int:
+    """Processes that share the port, each with a router of its own."""
+    supervisor = Supervisor(lambda name, line: print(f"{name} | {line}", flush=True), grace=config.frontend.drain_timeout)
+    for copy in range(config.frontend.processes):
+        supervisor.start(Child(f"frontend-{copy}", arguments))
+    waiting = [asyncio.create_task(stop.wait()), asyncio.create_task(supervisor.failed.wait())]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    await supervisor.stop()
+    for task in waiting:
+        task.cancel()
+    return 0 if stop.is_set() else 2

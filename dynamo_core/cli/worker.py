@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+import attrs
+from cyclopts import Parameter
+
+from dynamo_core.cli.options import ConfigFile, Overrides
+from dynamo_core.config import Use, Worker, load
+from dynamo_core.config.schema import Config
+from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.plugins import Plugins
+
+
+def worker(
+    file: ConfigFile = None, /, *,
+    engine: Annotated[str | None, Parameter(help="Serve this engine, with its default options, whatever the file says.")] = None,
+    index: Annotated[int | None, Parameter(help="Which [[workers]] table of the file, from 0. Default: the first.")] = None,
+    overrides: Overrides = (),
+) -> int:
+    """Serve one engine until SIGTERM or Ctrl-C, then drain."""
+    from dynamo_core.observability import logs
+    from dynamo_core.runtime.process import run_role
+    from dynamo_core.runtime.worker_role import serve_worker
+
+    plugins = Plugins.load()
+    config = load(file, overrides=overrides, plugins=plugins)
+    settings = _settings(config, engine, index)
+    logs.setup(config.observability.log_level, config.observability.log_format, role=settings.name)
+    return run_role(lambda stop: serve_worker(config, settings, plugins, stop))
+
+
+def _settings(config: Config, engine: str | None, index: int | None) -> Worker:
+    if engine is not None:
+        same = [settings for settings in config.workers if settings.engine.name == engine]
+        return same[0] if same else attrs.evolve(config.workers[0] if config.workers else Worker(), engine=Use(engine))
+    if not config.workers:
+        raise ConfigError(Problem("the configuration has no [[workers]] table", remedy="add one, or name an engine: dynamo worker --engine echo"))
+    if (index or 0) >= len(config.workers):
+        raise ConfigError(Problem(f"there is no [[workers]] table {index}; the file has {len(config.workers)}"))
+    return config.workers[index or 0]

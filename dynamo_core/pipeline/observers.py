@@ -1,0 +1,43 @@
+"""Tells metrics and plugins of what happens. A plugin's hook that raises is logged under its name and hurts nobody."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dynamo_core.pipeline.metrics import PipelineMetrics
+from dynamo_core.plugins import Plugins
+from dynamo_core.routing.record import Decision
+
+log = logging.getLogger(__name__)
+
+
+class Watcher:
+    """Implements `routing.router.Observer`."""
+
+    def __init__(self, metrics: PipelineMetrics, plugins: Plugins) -> None:
+        self._metrics = metrics
+        self._plugins = plugins
+        self._anybody = bool(plugins.manager.hook.dynamo_decision.get_hookimpls())
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        self._metrics.decided(seconds)
+        if self._anybody:
+            tell(self._plugins, "dynamo_decision", decision=decision)
+
+    def fault(self, component: str, what: str) -> None:
+        self._metrics.fault(component)
+
+
+_blamed: set[tuple[str, str]] = set()
+
+
+def tell(plugins: Plugins, hook: str, **facts: Any) -> None:
+    """Call an observer hook of each plugin by itself, so that one that raises is known by name and the others still hear of it."""
+    for implementation in getattr(plugins.manager.hook, hook).get_hookimpls():
+        try:
+            implementation.function(*(facts[name] for name in implementation.argnames))
+        except Exception:
+            if (blame := (implementation.plugin_name, hook)) not in _blamed:
+                _blamed.add(blame)
+                log.exception("%s of plugin %s failed; it is logged once", hook, implementation.plugin_name)
