@@ -33,14 +33,12 @@ def _config(config: Config) -> Iterator[Conflict]:
 
 def _router(router: Router, at: Key) -> Iterator[Conflict]:
     if router.use is not None:
-        for field in ("filters", "scorers", "picker"):
+        for field in ("scorers", "picker"):  # filters may be added to those of a policy
             if getattr(router, field):
                 yield (*at, field), f"{dotted(at)} names the policy {router.use.name!r} and has {field} of its own", f"keep either `use` or `{field}`"
     if router.picker is not None and router.temperature is not None:
-        if router.picker.name != "softmax":
-            yield (*at, "temperature"), f"{dotted(at)}.temperature means the picker 'softmax', but the picker is {router.picker.name!r}", "keep one of the two"
-        elif "temperature" in router.picker.options:
-            yield (*at, "temperature"), f"{dotted(at)} has two temperatures, its own and the picker's", "keep one of the two"
+        what = f"{dotted(at)}.temperature is short for the picker 'softmax', and there is a picker: {router.picker.name!r}"
+        yield (*at, "temperature"), what, "write the temperature in the picker" if router.picker.name == "softmax" else "keep one of the two"
     if at and at[-1] in _ROLES:
         for role in _ROLES:
             if getattr(router, role) is not None:

@@ -46,7 +46,7 @@ class Structurer:
     def finish(self) -> None:
         """:raises ConfigError: with every problem so far, if there is one."""
         if self.problems:
-            raise ConfigError(*map(self._masked, self.problems))
+            raise ConfigError(*map(self._masked, sorted(dict.fromkeys(self.problems), key=_reading_order)))
 
     def bad(self, at: Key, what: str, remedy: str = "", *, origin: Origin | None = None) -> Bad:
         """Write the problem down; the caller raises what is returned."""
@@ -318,6 +318,11 @@ class Structurer:
             mask = [text.replace(literal, "***") for text in (problem.what, problem.where, problem.source, problem.remedy)]
             problem = Problem(*mask)
         return problem
+
+
+def _reading_order(problem: Problem) -> tuple[str, int]:
+    path, _, line = problem.where.rpartition(":")
+    return (path, int(line)) if line.isdigit() else (problem.where, 0)
 
 
 def _default(a: attrs.Attribute[Any], instance: Any = None) -> Any:
