@@ -24,8 +24,16 @@ from dynamo_core.pipeline.contract import Catalog
 COMPLETION_PATHS = {"/v1/chat/completions": Chat, "/v1/completions": Completions}
 
 
-def create_app(config: Frontend, catalog: Catalog, *, metrics: HttpMetrics, observers: Sequence[FinishedObserver] = (), authenticator: Authenticator | None = None,
-               extra_routes: Sequence[BaseRoute] = (), middleware: Sequence[Middleware] = ()) -> App:
+def create_app(
+    config: Frontend,
+    catalog: Catalog,
+    *,
+    metrics: HttpMetrics,
+    observers: Sequence[FinishedObserver] = (),
+    authenticator: Authenticator | None = None,
+    extra_routes: Sequence[BaseRoute] = (),
+    middleware: Sequence[Middleware] = (),
+) -> App:
     """The whole HTTP surface over a catalog of models.
 
     :param observers: called at the end of each completion request. :param extra_routes: Starlette routes, tried after the built-in ones.

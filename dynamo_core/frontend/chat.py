@@ -17,7 +17,7 @@ from dynamo_core.frontend.job import Job
 from dynamo_core.frontend.parse import check_nesting
 from dynamo_core.pipeline.contract import Model
 
-_TOOLS = "tool calling is not supported yet; leave out `tools`, or send `tool_choice`: \"none\""
+_TOOLS = 'tool calling is not supported yet; leave out `tools`, or send `tool_choice`: "none"'
 
 
 class Chat:
@@ -41,8 +41,19 @@ class Chat:
             raise RequestError(f"{limit_name} must be at least 1", param=limit_name)
         wanted = convert(body, model.card, exchange, max_tokens=limit, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs, direct_routing=direct_routing)
         prompt, token_ids = await _prompt(body, ext, model)
-        return Job(id=f"chatcmpl-{exchange.unique_id}", body=body, model=model, requests=[wanted.request(exchange.unique_id, model.card, token_ids)], text=wanted.text,
-                   prompts=[prompt], echo=False, annotations=ext.annotations, dry_run=ext.dry_run, chunks=ChatChunks, answer=ChatAnswer)
+        return Job(
+            id=f"chatcmpl-{exchange.unique_id}",
+            body=body,
+            model=model,
+            requests=[wanted.request(exchange.unique_id, model.card, token_ids)],
+            text=wanted.text,
+            prompts=[prompt],
+            echo=False,
+            annotations=ext.annotations,
+            dry_run=ext.dry_run,
+            chunks=ChatChunks,
+            answer=ChatAnswer,
+        )
 
 
 async def _prompt(body: ChatBody, ext: Extension, model: Model) -> tuple[str, list[int]]:
@@ -59,8 +70,9 @@ async def _prompt(body: ChatBody, ext: Extension, model: Model) -> tuple[str, li
         raise RequestError("add_generation_prompt and continue_final_message exclude each other", param="continue_final_message")
     continued = bool(body.continue_final_message)
     generation_prompt = not continued if body.add_generation_prompt is None else body.add_generation_prompt
-    text = await model.preprocessor.render(messages, add_generation_prompt=generation_prompt, continue_final_message=continued, template=body.chat_template,
-                                           arguments=_arguments(body))
+    text = await model.preprocessor.render(
+        messages, add_generation_prompt=generation_prompt, continue_final_message=continued, template=body.chat_template, arguments=_arguments(body)
+    )
     return text, await model.preprocessor.encode(text, add_special_tokens=False)
 
 

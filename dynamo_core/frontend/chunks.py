@@ -106,7 +106,11 @@ class ChatChunks(Chunks):
         return self._choice(index) + b'"content":'
 
     def _first(self, index: int, delta: Delta) -> bytes:
-        return b'%b"role":"assistant","content":%b},"logprobs":%b,"finish_reason":null}]' % (self._choice(index), encode(delta.text), encode(chat_logprobs(delta.logprobs)))
+        return b'%b"role":"assistant","content":%b},"logprobs":%b,"finish_reason":null}]' % (
+            self._choice(index),
+            encode(delta.text),
+            encode(chat_logprobs(delta.logprobs)),
+        )
 
     def _with_logprobs(self, index: int, delta: Delta) -> bytes:
         return b'%b%b},"logprobs":%b,"finish_reason":null}]' % (self._prefixes[index], encode(delta.text), encode(chat_logprobs(delta.logprobs)))
@@ -152,14 +156,28 @@ def stop_reason(delta: Delta) -> bytes:
 
 def encode_usage(usage: Usage) -> bytes:
     return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}' % (
-        usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens, usage.cached_tokens)
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.prompt_tokens + usage.completion_tokens,
+        usage.cached_tokens,
+    )
 
 
 def chat_logprobs(entries: Sequence[LogprobText] | None) -> dict[str, Any] | None:
     if not entries:
         return None
-    return {"content": [{"token": e.token, "logprob": finite(e.logprob), "bytes": e.bytes,
-                         "top_logprobs": [{"token": t.token, "logprob": finite(t.logprob), "bytes": t.bytes} for t in e.top]} for e in entries], "refusal": None}
+    return {
+        "content": [
+            {
+                "token": e.token,
+                "logprob": finite(e.logprob),
+                "bytes": e.bytes,
+                "top_logprobs": [{"token": t.token, "logprob": finite(t.logprob), "bytes": t.bytes} for t in e.top],
+            }
+            for e in entries
+        ],
+        "refusal": None,
+    }
 
 
 def legacy_logprobs(entries: Sequence[LogprobText | None], offset: int) -> dict[Literal["tokens", "token_logprobs", "top_logprobs", "text_offset"], Any]:

@@ -44,8 +44,9 @@ class Completions:
         if len(prompts) > 1 and (body.prompt_logprobs is not None or (body.echo and body.logprobs is not None)):
             raise RequestError("logprobs of the prompt are only given for one prompt at a time", param="prompt")
         prompt_logprobs = body.logprobs if body.echo and body.logprobs is not None and body.prompt_logprobs is None else body.prompt_logprobs
-        wanted = convert(body, model.card, exchange, max_tokens=body.max_tokens, logprobs=body.logprobs,
-                         prompt_logprobs=prompt_logprobs, direct_routing=direct_routing)
+        wanted = convert(
+            body, model.card, exchange, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs, direct_routing=direct_routing
+        )
         texts: list[str] = []
         requests: list[Request] = []
         for position, prompt in enumerate(prompts):
@@ -56,8 +57,19 @@ class Completions:
             else:
                 requests.append(wanted.request(unique, model.card, prompt))
                 texts.append(model.preprocessor.decode(prompt, skip_special_tokens=wanted.text.skip_special_tokens) if body.echo else "")
-        return Job(id=f"cmpl-{exchange.unique_id}", body=body, model=model, requests=requests, text=wanted.text, prompts=texts, echo=bool(body.echo),
-                   annotations=ext.annotations, dry_run=ext.dry_run, chunks=CompletionChunks, answer=CompletionAnswer)
+        return Job(
+            id=f"cmpl-{exchange.unique_id}",
+            body=body,
+            model=model,
+            requests=requests,
+            text=wanted.text,
+            prompts=texts,
+            echo=bool(body.echo),
+            annotations=ext.annotations,
+            dry_run=ext.dry_run,
+            chunks=CompletionChunks,
+            answer=CompletionAnswer,
+        )
 
 
 def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import msgspec
 
 from dynamo_core.cards import ModelCard
-from dynamo_core.errors import PromptTooLong, RequestError
+from dynamo_core.errors import RequestError
 from dynamo_core.frontend.exchange import Exchange
 from dynamo_core.frontend.fields import Body, Extension
 from dynamo_core.frontend.parse import check_nesting
+from dynamo_core.preprocess.limits import check_token_ids, fit
 from dynamo_core.types import Guided, Hints, Request, Sampling, Stops, TextOptions
 
 _NO_EXTENSION = Extension()
@@ -33,10 +33,23 @@ class Wanted:
 
     def request(self, id: str, card: ModelCard, token_ids: list[int]) -> Request:
         """:raises RequestError: the prompt is empty, too long or not of this model's vocabulary."""
-        check_prompt(card, token_ids)
+        if not token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        check_token_ids(card, token_ids)
         stops = msgspec.structs.replace(self.stops, max_tokens=fit(card, len(token_ids), self.stops.max_tokens))
-        return Request(id=id, model=card.name, token_ids=token_ids, sampling=self.sampling, stops=stops, logprobs=self.logprobs,
-                       prompt_logprobs=self.prompt_logprobs, guided=self.guided, hints=self.hints, adapter=card.adapter, cache_salt=self.cache_salt)
+        return Request(
+            id=id,
+            model=card.name,
+            token_ids=token_ids,
+            sampling=self.sampling,
+            stops=stops,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            guided=self.guided,
+            hints=self.hints,
+            adapter=card.adapter,
+            cache_salt=self.cache_salt,
+        )
 
 
 def extension(body: Body) -> Extension:
@@ -45,8 +58,9 @@ def extension(body: Body) -> Extension:
     return body.dynamo or body.nvext or _NO_EXTENSION
 
 
-def convert(body: Body, card: ModelCard, exchange: Exchange, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None,
-            direct_routing: bool) -> Wanted:
+def convert(
+    body: Body, card: ModelCard, exchange: Exchange, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None, direct_routing: bool
+) -> Wanted:
     """:raises RequestError: fields contradict each other, or the model cannot do it."""
     ext = extension(body)
     n = body.n or 1
@@ -59,8 +73,13 @@ def convert(body: Body, card: ModelCard, exchange: Exchange, *, max_tokens: int 
     if body.stream and body.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs is not given with streams; leave out `stream`", param="prompt_logprobs")
     guided = _guided(body)
-    for needed, capability, param in ((n > 1, "n", "n"), (logprobs is not None, "logprobs", "logprobs"), (prompt_logprobs is not None, "prompt_logprobs", "prompt_logprobs"),
-                                      (guided is not None, "guided", "response_format"), (bool(body.logit_bias), "logit_bias", "logit_bias")):
+    for needed, capability, param in (
+        (n > 1, "n", "n"),
+        (logprobs is not None, "logprobs", "logprobs"),
+        (prompt_logprobs is not None, "prompt_logprobs", "prompt_logprobs"),
+        (guided is not None, "guided", "response_format"),
+        (bool(body.logit_bias), "logit_bias", "logit_bias"),
+    ):
         if needed and capability not in card.capabilities:
             raise RequestError(f"{param}: the engine of model {card.name!r} does not support {capability}", param=param)
     if body.logit_bias:
@@ -69,32 +88,18 @@ def convert(body: Body, card: ModelCard, exchange: Exchange, *, max_tokens: int 
     return Wanted(
         sampling=_sampling(body, card, n),
         stops=Stops(max_tokens=max_tokens, min_tokens=body.min_tokens or 0, stop_token_ids=ids, ignore_eos=bool(body.ignore_eos)),
-        text=TextOptions(stop=strings, include_stop=bool(body.include_stop_str_in_output), skip_special_tokens=body.skip_special_tokens is not False,
-                         logprobs=logprobs is not None),
+        text=TextOptions(
+            stop=strings,
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
+            logprobs=logprobs is not None,
+        ),
         hints=_hints(body, ext, exchange, direct_routing=direct_routing),
-        guided=guided, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
-        cache_salt=ext.cache_salt if ext.cache_salt is not None else body.cache_salt)
-
-
-def fit(card: ModelCard, prompt_tokens: int, max_tokens: int | None) -> int:
-    """How many tokens may be generated. :raises PromptTooLong: no token fits, or fewer than were asked for."""
-    room = card.context_length - prompt_tokens
-    if room < 1:
-        raise PromptTooLong(f"this model's context is {card.context_length} tokens, but the prompt has {prompt_tokens}", param="messages")
-    if max_tokens is None:
-        return min(room, card.default_max_tokens) if card.default_max_tokens is not None else room
-    if max_tokens > room:
-        raise PromptTooLong(f"this model's context is {card.context_length} tokens, but you asked for {prompt_tokens + max_tokens} "
-                            f"({prompt_tokens} in the prompt, {max_tokens} to generate)", param="max_tokens")
-    return max_tokens
-
-
-def check_prompt(card: ModelCard, token_ids: Sequence[int]) -> None:
-    if not token_ids:
-        raise RequestError("the prompt is empty", param="prompt")
-    if card.vocab_size is not None and max(token_ids) >= card.vocab_size:
-        bad = next(t for t in token_ids if t >= card.vocab_size)
-        raise RequestError(f"the prompt contains token id {bad}, but the vocabulary of {card.name!r} ends at {card.vocab_size - 1}", param="prompt")
+        guided=guided,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        cache_salt=ext.cache_salt if ext.cache_salt is not None else body.cache_salt,
+    )
 
 
 def _check_vocabulary(card: ModelCard, ids: Any, param: str) -> None:
@@ -116,7 +121,8 @@ def _sampling(body: Body, card: ModelCard, n: int) -> Sampling:
         presence_penalty=default.presence_penalty if body.presence_penalty is None else body.presence_penalty,
         repetition_penalty=default.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=body.logit_bias or None,
-        n=n)
+        n=n,
+    )
 
 
 def _stop(body: Body) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -176,6 +182,16 @@ def _hints(body: Body, ext: Extension, exchange: Exchange, *, direct_routing: bo
         if pinned is not None and pinned >= 2**64:
             raise RequestError("instance ids are less than 2^64", param="dynamo.instance")
     priority = next((p for p in (exchange.priority, ext.priority, body.priority) if p is not None), 0)
-    return Hints(priority=priority, session=exchange.session or ext.session, instance=instance, prefill_instance=ext.prefill_instance, dp_rank=ext.dp_rank,
-                 expected_output_tokens=ext.expected_output_tokens, ttft_target_ms=ext.ttft_target_ms, itl_target_ms=ext.itl_target_ms,
-                 required_taints=tuple(ext.required_taints), preferred_taints=ext.preferred_taints, policy_class=ext.policy_class)
+    return Hints(
+        priority=priority,
+        session=exchange.session or ext.session,
+        instance=instance,
+        prefill_instance=ext.prefill_instance,
+        dp_rank=ext.dp_rank,
+        expected_output_tokens=ext.expected_output_tokens,
+        ttft_target_ms=ext.ttft_target_ms,
+        itl_target_ms=ext.itl_target_ms,
+        required_taints=tuple(ext.required_taints),
+        preferred_taints=ext.preferred_taints,
+        policy_class=ext.policy_class,
+    )

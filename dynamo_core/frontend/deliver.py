@@ -34,8 +34,15 @@ _NO_BUFFERING: Header = (b"x-accel-buffering", b"no")
 async def stream(job: Job, generation: Generation, first: Sequence[Delta], exchange: Exchange, itl: ItlRecorder, send: Send) -> None:
     """Send events as they become ready. Everything that one read brought leaves in one `send`, the end mark with the last text."""
     options = job.body.stream_options
-    chunks = job.chunks(job.id, int(time.time()), job.body.model, job.choices, echo=job.echoes(),
-                        include_usage=bool(options and options.include_usage), continuous_usage=bool(options and options.continuous_usage_stats))
+    chunks = job.chunks(
+        job.id,
+        int(time.time()),
+        job.body.model,
+        job.choices,
+        echo=job.echoes(),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+    )
     if isinstance(chunks, CompletionChunks) and job.echo:
         chunks.prompt_logprobs = _prompt_logprobs(job, generation)
     read, write, keep_ids = generation.read, chunks.write, bool(job.kept_ids)

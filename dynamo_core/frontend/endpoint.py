@@ -87,8 +87,14 @@ class Endpoint:
         service = self._service
         loop = asyncio.get_running_loop()
         deadline = exchange.arrived + service.config.request_timeout
-        context = Context(exchange.unique_id, deadline=deadline, priority=exchange.priority or 0, session=exchange.session, tenant=exchange.tenant,
-                          traceparent=exchange.traceparent)
+        context = Context(
+            exchange.unique_id,
+            deadline=deadline,
+            priority=exchange.priority or 0,
+            session=exchange.session,
+            tenant=exchange.tenant,
+            traceparent=exchange.traceparent,
+        )
         generation: Generation | None = None
         limit = asyncio.timeout_at(min(deadline, exchange.arrived + service.config.first_token_timeout))
         watcher: asyncio.Task[None] | None = None
@@ -126,8 +132,18 @@ class Endpoint:
         """Where the request would go: the answer is the decision record, and nothing is generated."""
         decision = await job.model.route(job.requests[0], context)
         exchange.decisions.append(decision)
-        body = msgspec.json.encode({"id": job.id, "object": "dynamo.decision", "created": int(time.time()), "model": job.body.model, "decision": decision,
-                                    "prompt_tokens": len(job.requests[0].token_ids), "record": self._service.catalog.decision(decision)}, enc_hook=str)
+        body = msgspec.json.encode(
+            {
+                "id": job.id,
+                "object": "dynamo.decision",
+                "created": int(time.time()),
+                "model": job.body.model,
+                "decision": decision,
+                "prompt_tokens": len(job.requests[0].token_ids),
+                "record": self._service.catalog.decision(decision),
+            },
+            enc_hook=str,
+        )
         exchange.responding, exchange.status, exchange.finished = True, 200, True
         await respond(send, 200, body, [_id(exchange), (b"x-dynamo-decision", decision.encode("latin-1"))])
 
@@ -169,7 +185,9 @@ async def _fail(exchange: Exchange, error: Exception, receive: Receive, send: Se
         return
     failure = Failure.of(error, exchange.request_id)
     if failure.unexpected:
-        log.error("request failed unexpectedly", exc_info=error, extra={"request_id": exchange.request_id, "endpoint": exchange.endpoint, "model": exchange.model})
+        log.error(
+            "request failed unexpectedly", exc_info=error, extra={"request_id": exchange.request_id, "endpoint": exchange.endpoint, "model": exchange.model}
+        )
     _note(exchange, failure)
     try:
         if exchange.responding:

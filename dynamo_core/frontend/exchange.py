@@ -10,8 +10,14 @@ from typing import Any
 from dynamo_core.errors import RequestError
 from dynamo_core.types import Usage
 
-_HEADERS = {b"x-request-id": "request_id", b"traceparent": "traceparent", b"x-dynamo-session-id": "session", b"x-dynamo-priority": "priority",
-            b"x-dynamo-instance": "instance", b"x-tenant-id": "tenant"}
+_HEADERS = {
+    b"x-request-id": "request_id",
+    b"traceparent": "traceparent",
+    b"x-dynamo-session-id": "session",
+    b"x-dynamo-priority": "priority",
+    b"x-dynamo-instance": "instance",
+    b"x-tenant-id": "tenant",
+}
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+=-]{0,127}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SAFE_VALUE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
@@ -20,8 +26,33 @@ _SAFE_VALUE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,254}")
 class Exchange:
     """State of one completion request. Times are `time.monotonic()` seconds."""
 
-    __slots__ = ("arrived", "body_read", "decisions", "endpoint", "error_code", "error_type", "finished", "first_token", "headers", "instance", "last_token", "model", "priority",
-                 "request_id", "responding", "session", "status", "stream", "subject", "tenant", "tokens", "traceparent", "unique_id", "usage", "workers")
+    __slots__ = (
+        "arrived",
+        "body_read",
+        "decisions",
+        "endpoint",
+        "error_code",
+        "error_type",
+        "finished",
+        "first_token",
+        "headers",
+        "instance",
+        "last_token",
+        "model",
+        "priority",
+        "request_id",
+        "responding",
+        "session",
+        "status",
+        "stream",
+        "subject",
+        "tenant",
+        "tokens",
+        "traceparent",
+        "unique_id",
+        "usage",
+        "workers",
+    )
 
     def __init__(self, endpoint: str, scope: Any) -> None:
         self.arrived = time.monotonic()

@@ -27,9 +27,9 @@ async def health(service: Service, request: Request) -> Response:
     """Details for people and dashboards. 503 when unready or draining; `degraded` (a problem is known, requests are served) is 200."""
     fleet = service.catalog.status()
     missing = service.catalog.not_ready()
-    problems = [str(problem) for problem in fleet.get("problems") or ()]
+    problems: dict[str, str] = dict(fleet.get("problems") or {})
     if missing is not None:
-        problems.insert(0, missing)
+        problems["frontend"] = missing
     if service.draining:
         status = "draining"
     elif missing is not None:
@@ -37,5 +37,4 @@ async def health(service: Service, request: Request) -> Response:
     else:
         status = "degraded" if problems else "healthy"
     content = {**fleet, "status": status, "problems": problems, "requests_in_progress": len(service.in_progress)}
-    content.setdefault("models", [model.name for model in service.catalog.models()])
     return reply(content, 503 if status in ("draining", "unready") else 200)

@@ -31,7 +31,7 @@ class Job:
     dry_run: bool
     chunks: type[Chunks]
     answer: type[Answer]
-    kept_ids: list[list[int]] = attrs.field(factory=lambda: [])
+    kept_ids: list[list[int]] = attrs.field(factory=list)
     """Generated token ids by choice, for the annotation `token_ids`."""
 
     def __attrs_post_init__(self) -> None:
@@ -65,7 +65,10 @@ class Job:
                 case "decision":
                     report[name] = list(generation.decisions)
                 case "timing":
-                    report[name] = {"ttft_ms": round((exchange.first_token - exchange.arrived) * 1000, 3), "total_ms": round((now - exchange.arrived) * 1000, 3)}
+                    report[name] = {
+                        "ttft_ms": round((exchange.first_token - exchange.arrived) * 1000, 3),
+                        "total_ms": round((now - exchange.arrived) * 1000, 3),
+                    }
                 case "token_ids":
                     report[name] = self.kept_ids
                 case "prompt_token_ids":

@@ -98,7 +98,9 @@ class HttpMetrics:
         self.inflight = Gauge(PREFIX + "inflight_requests", "Requests between their start and their last byte", ["model"], registry=registry)
         self.disconnected = Counter(PREFIX + "disconnected_clients", "Clients that left before their answer was complete", registry=registry)
         self.cancellations = Counter(PREFIX + "model_cancellation", "Generations cancelled because nobody wanted the rest", labels, registry=registry)
-        self.rejections = Counter(PREFIX + "model_rejection", "Requests refused because the fleet or this frontend is full", ["endpoint", "model"], registry=registry)
+        self.rejections = Counter(
+            PREFIX + "model_rejection", "Requests refused because the fleet or this frontend is full", ["endpoint", "model"], registry=registry
+        )
         self.duration = Histogram(PREFIX + "request_duration_seconds", "From arrival to the last byte", ["model"], buckets=DURATION_BUCKETS, registry=registry)
         self.ttft = Histogram(PREFIX + "time_to_first_token_seconds", "From arrival to the first output", ["model"], buckets=TTFT_BUCKETS, registry=registry)
         self.itl = ItlHistogram(PREFIX + "inter_token_latency_seconds", "Between output tokens", ITL_BUCKETS)
@@ -106,7 +108,9 @@ class HttpMetrics:
         self.input_tokens = Histogram(PREFIX + "input_sequence_tokens", "Prompt tokens of a request", ["model"], buckets=TOKEN_BUCKETS, registry=registry)
         self.output_tokens = Histogram(PREFIX + "output_sequence_tokens", "Generated tokens of a request", ["model"], buckets=TOKEN_BUCKETS, registry=registry)
         self.output_tokens_total = Counter(PREFIX + "output_tokens", "Generated tokens", ["model"], registry=registry)
-        self.cached_tokens = Histogram(PREFIX + "cached_tokens", "Prompt tokens that an engine took from its cache", ["model"], buckets=TOKEN_BUCKETS, registry=registry)
+        self.cached_tokens = Histogram(
+            PREFIX + "cached_tokens", "Prompt tokens that an engine took from its cache", ["model"], buckets=TOKEN_BUCKETS, registry=registry
+        )
         self._models: dict[str, _Model] = {}
 
     def itl_recorder(self, model: str) -> ItlRecorder:

@@ -27,5 +27,14 @@ async def one_model(service: Service, request: Request) -> Response:
 
 def _entry(model: Model, name: str) -> dict[str, Any]:
     card = model.card
-    return {"id": name, "object": "model", "created": model.created, "owned_by": "dynamo", "root": model.name, "context_window": card.context_length,
-            "max_model_len": card.context_length, "surfaces": card.surfaces, "capabilities": card.capabilities}
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "dynamo",
+        "root": model.name,
+        "context_window": card.context_length,
+        "max_model_len": card.context_length,
+        "surfaces": card.surfaces,
+        "capabilities": card.capabilities,
+    }

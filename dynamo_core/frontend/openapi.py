@@ -35,8 +35,16 @@ def specification() -> dict[str, Any]:
     error = {"description": "What went wrong", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     paths: dict[str, Any] = {}
     for (path, (summary, _)), schema in zip(_POST.items(), schemas, strict=True):
-        paths[path] = {"post": {"summary": summary, "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}, "responses": {
-            "200": {"description": "The answer, or a stream of chunks", "content": {"application/json": {}, "text/event-stream": {}}}, "default": error}}}
+        paths[path] = {
+            "post": {
+                "summary": summary,
+                "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+                "responses": {
+                    "200": {"description": "The answer, or a stream of chunks", "content": {"application/json": {}, "text/event-stream": {}}},
+                    "default": error,
+                },
+            }
+        }
     for path, summary in _GET.items():
         parameters = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}] if "{id}" in path else []
         paths[path] = {"get": {"summary": summary, "parameters": parameters, "responses": {"200": {"description": summary}, "default": error}}}
@@ -52,7 +60,12 @@ async def document(service: Service, request: Request) -> Response:
 
 async def page(service: Service, request: Request) -> Response:
     """A plain list of the endpoints; it loads nothing from elsewhere."""
-    rows = "".join(f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td><td>{html.escape(about['summary'])}</td></tr>"
-                   for path, methods in specification()["paths"].items() for method, about in methods.items())
-    return HTMLResponse("<!doctype html><meta charset=utf-8><title>dynamo frontend</title><style>body{font:16px sans-serif;margin:2em}td{padding:.3em 1em}</style>"
-                        f"<h1>dynamo frontend {__version__}</h1><table>{rows}</table><p>Request fields and their ranges: <a href='/openapi.json'>openapi.json</a></p>")
+    rows = "".join(
+        f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td><td>{html.escape(about['summary'])}</td></tr>"
+        for path, methods in specification()["paths"].items()
+        for method, about in methods.items()
+    )
+    return HTMLResponse(
+        "<!doctype html><meta charset=utf-8><title>dynamo frontend</title><style>body{font:16px sans-serif;margin:2em}td{padding:.3em 1em}</style>"
+        f"<h1>dynamo frontend {__version__}</h1><table>{rows}</table><p>Request fields and their ranges: <a href='/openapi.json'>openapi.json</a></p>"
+    )

@@ -36,8 +36,13 @@ def check_nesting(value: Any, param: str) -> None:
     """Free-form JSON is walked again further on (templates, schemas, the wire), so its depth is bounded here."""
     level: list[Any] = [value]
     for _ in range(_MAX_NESTING):
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in (outer.values() if isinstance(outer, dict) else outer)
-                 if isinstance(inner, (dict, list))]
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
         if not level:
             return
     raise RequestError(f"{param} is nested more deeply than {_MAX_NESTING} levels", param=param)

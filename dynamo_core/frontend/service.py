@@ -56,14 +56,34 @@ class Service:
         self.metrics.end(exchange, seconds)
         usage = exchange.usage
         if access.isEnabledFor(logging.INFO):
-            access.info("request finished", extra={
-                "request_id": exchange.request_id, "endpoint": exchange.endpoint, "model": exchange.model, "stream": exchange.stream, "status": exchange.status,
-                "error": exchange.error_code, "seconds": round(seconds, 6), "ttft_seconds": round(exchange.first_token - exchange.arrived, 6) if exchange.first_token else None,
-                "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "cached_tokens": usage.cached_tokens,
-                "decisions": exchange.decisions, "workers": exchange.workers, "tenant": exchange.tenant, "subject": exchange.subject})
+            access.info(
+                "request finished",
+                extra={
+                    "request_id": exchange.request_id,
+                    "endpoint": exchange.endpoint,
+                    "model": exchange.model,
+                    "stream": exchange.stream,
+                    "status": exchange.status,
+                    "error": exchange.error_code,
+                    "seconds": round(seconds, 6),
+                    "ttft_seconds": round(exchange.first_token - exchange.arrived, 6) if exchange.first_token else None,
+                    "prompt_tokens": usage.prompt_tokens,
+                    "completion_tokens": usage.completion_tokens,
+                    "cached_tokens": usage.cached_tokens,
+                    "decisions": exchange.decisions,
+                    "workers": exchange.workers,
+                    "tenant": exchange.tenant,
+                    "subject": exchange.subject,
+                },
+            )
         for observer in self.observers:
             try:
-                observer(request_id=exchange.request_id, model=exchange.model, status=exchange.status, seconds=seconds,
-                         usage={"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "cached_tokens": usage.cached_tokens})
+                observer(
+                    request_id=exchange.request_id,
+                    model=exchange.model,
+                    status=exchange.status,
+                    seconds=seconds,
+                    usage={"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "cached_tokens": usage.cached_tokens},
+                )
             except Exception:
                 log.exception("an observer of finished requests failed", extra={"request_id": exchange.request_id})

@@ -62,7 +62,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
     code = phrase.lower().replace(" ", "_")
-    message = {404: f"there is nothing at {request.url.path[:200]!r}", 405: f"{request.url.path} does not take {request.method}"}.get(error.status_code, error.detail)
+    message = {404: f"there is nothing at {request.url.path[:200]!r}", 405: f"{request.url.path} does not take {request.method}"}.get(
+        error.status_code, error.detail
+    )
     response = _response(Failure(error.status_code, message, "invalid_request_error", code))
     response.headers.update(error.headers or {})
     return response

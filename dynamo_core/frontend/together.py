@@ -20,23 +20,8 @@ class Together:
         self._n = n
         self._reads: dict[asyncio.Task[Sequence[Delta]], int] = {}
         self._begun = False
-
-    @property
-    def usage(self) -> Usage:
-        every = [part.usage for part in self._parts]
-        return Usage(sum(u.prompt_tokens for u in every), sum(u.completion_tokens for u in every), sum(u.cached_tokens for u in every))
-
-    @property
-    def decisions(self) -> list[str]:
-        return [decision for part in self._parts for decision in part.decisions]
-
-    @property
-    def workers(self) -> list[str]:
-        return [worker for part in self._parts for worker in part.workers]
-
-    @property
-    def prompt_logprobs(self) -> list[LogprobText | None] | None:
-        return None
+        self.prompt_logprobs: list[LogprobText | None] | None = None
+        self._tally()
 
     async def read(self) -> Sequence[Delta]:
         """:raises DynamoError: one part failed; the caller cancels the rest."""
@@ -55,7 +40,9 @@ class Together:
                     merged += deltas
                     self._begin(position)
             if merged:
+                self._tally()
                 return merged
+        self._tally()
         return ()
 
     def cancel(self, reason: str = "client disconnected") -> None:
@@ -64,6 +51,12 @@ class Together:
         self._reads.clear()
         for part in self._parts:
             part.cancel(reason)
+
+    def _tally(self) -> None:
+        every = [part.usage for part in self._parts]
+        self.usage = Usage(sum(u.prompt_tokens for u in every), sum(u.completion_tokens for u in every), sum(u.cached_tokens for u in every))
+        self.decisions = [decision for part in self._parts for decision in part.decisions]
+        self.workers = [worker for part in self._parts for worker in part.workers]
 
     def _begin(self, position: int) -> None:
         self._reads[asyncio.ensure_future(self._parts[position].read())] = position

@@ -125,7 +125,7 @@ class FakeCatalog:
         self.by_name = {name: model for model in models for name in (model.name, *model.card.aliases)}
         self.every = list(models)
         self.records: dict[str, dict[str, Any]] = {}
-        self.problems: list[str] = []
+        self.problems: dict[str, str] = {}
 
     def get(self, name: str) -> FakeModel:
         if name not in self.by_name:
@@ -145,7 +145,7 @@ class FakeCatalog:
         return self.records.get(decision_id)
 
     def status(self) -> dict[str, Any]:
-        return {"models": [m.name for m in self.models()], "instances": [], "problems": self.problems}
+        return {"models": {m.name: {} for m in self.models()}, "instances": [], "problems": self.problems}
 
 
 def _copy(step: Step) -> Step:

@@ -15,8 +15,18 @@ from dynamo_core.config.schema import Tls
 class HttpServer(Protocol):
     """One way to run the application. Its options are the fields of the attrs class that implements it."""
 
-    async def serve(self, app: ASGIApp, *, host: str, port: int, tls: Tls | None, stop: asyncio.Event, on_listening: Callable[[int], None],
-                    drain_timeout: float, reuse_port: bool = False) -> None:
+    async def serve(
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        tls: Tls | None,
+        stop: asyncio.Event,
+        on_listening: Callable[[int], None],
+        drain_timeout: float,
+        reuse_port: bool = False,
+    ) -> None:
         """Serve until `stop` is set; then accept nothing more, let open answers finish for `drain_timeout` seconds, and close.
 
         Answers that are still open after that are cut, and their ASGI tasks cancelled. `on_listening` is called once, with the
