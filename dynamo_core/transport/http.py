@@ -31,6 +31,8 @@ class HttpPlane:
     """Of one worker; one more gets a migratable overload error."""
     window_items: int = attrs.field(default=1024, validator=v.ge(1))
     """Unread items of one stream, past which the caller stops reading its connection."""
+    window_bytes: int = attrs.field(default=4 * 2**20, validator=v.ge(1))
+    """The same in bytes, of streams that carry bytes."""
     connect_timeout: float = attrs.field(default=3.0, validator=v.gt(0))
     """Seconds, for the connection and the TLS handshake."""
     request_timeout: float = attrs.field(default=60.0, validator=v.gt(0))
@@ -61,7 +63,7 @@ class HttpPlane:
                 timeout=httpx.Timeout(self.ping_interval + self.ping_timeout, connect=self.connect_timeout, pool=None))
         except ConfigError as e:
             raise CannotConnect(f"{address}: {e}") from e
-        channel = HttpChannel(address, client, self.max_frame_bytes, self.window_items, self.tls.server_name if self.tls else None)
+        channel = HttpChannel(address, client, self.max_frame_bytes, (self.window_items, self.window_bytes), self.tls.server_name if self.tls else None)
         try:
             await channel.greet(self.connect_timeout)
         except BaseException:

@@ -19,7 +19,7 @@ GREETING = f"dynamo {frames.VERSION}"
 
 
 class HttpChannel:
-    def __init__(self, address: str, client: httpx.AsyncClient, max_frame_bytes: int, window: int, server_name: str | None) -> None:
+    def __init__(self, address: str, client: httpx.AsyncClient, max_frame_bytes: int, window: tuple[int, int], server_name: str | None) -> None:
         self.address = address
         self.client = client
         self.max_frame_bytes = max_frame_bytes
@@ -43,7 +43,7 @@ class HttpChannel:
                                 f"run the same dynamo-core on both sides, and look for a proxy between them")
 
     def open(self, endpoint: str, payload: bytes, context: Context) -> HttpStream:
-        stream = HttpStream(self, self._window)
+        stream = HttpStream(self, *self._window)
         if self.closed:
             stream.finish(Disconnected(f"the connection to {self.address} is closed"))
             return stream
@@ -65,8 +65,8 @@ class HttpChannel:
 class HttpStream(BoundedMailbox):
     __slots__ = ("_channel", "_task")
 
-    def __init__(self, channel: HttpChannel, window: int) -> None:
-        super().__init__(window)
+    def __init__(self, channel: HttpChannel, window_items: int, window_bytes: int) -> None:
+        super().__init__(window_items, window_bytes)
         self._channel = channel
         self._task: asyncio.Task[None] | None = None
 
@@ -125,8 +125,8 @@ class HttpStream(BoundedMailbox):
                         return from_wire(frame.code, frame.message)
                     elif type(frame) is not Ping:
                         raise ProtocolViolation(f"it sent a {type(frame).__name__.lower()} frame")
-                if self.full:
-                    await self.wait_for_room()
+                    if self.full:
+                        await self.wait_for_room()
             return Disconnected(f"the connection to {channel.address} was lost: the response broke off")
         finally:
             await response.aclose()

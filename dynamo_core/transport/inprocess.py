@@ -26,11 +26,13 @@ class InProcessPlane:
 
     window_items: int = attrs.field(default=1024, validator=v.ge(1))
     """Unread items of one stream, past which its handler is not asked for more."""
+    window_bytes: int = attrs.field(default=4 * 2**20, validator=v.ge(1))
+    """The same in bytes, of streams that carry bytes; one item may exceed it."""
 
     scheme = "inproc"
 
     async def serve(self, handler: Handler, host: str) -> Server:
-        server = InProcessServer(handler, f"inproc://{host or 'local'}-{next(_numbers)}", self.window_items)
+        server = InProcessServer(handler, f"inproc://{host or 'local'}-{next(_numbers)}", self.window_items, self.window_bytes)
         _servers[server.address] = server
         return server
 
@@ -43,10 +45,11 @@ class InProcessPlane:
 
 
 class InProcessServer:
-    def __init__(self, handler: Handler, address: str, window: int) -> None:
+    def __init__(self, handler: Handler, address: str, window_items: int, window_bytes: int) -> None:
         self.address = address
         self.handler = handler
-        self.window = window
+        self.window_items = window_items
+        self.window_bytes = window_bytes
         self.channels: set[InProcessChannel] = set()
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -91,7 +94,7 @@ class InProcessStream(BoundedMailbox):
     __slots__ = ("_channel", "_context", "_task")
 
     def __init__(self, channel: InProcessChannel, context: Context) -> None:
-        super().__init__(channel.server.window)
+        super().__init__(channel.server.window_items, channel.server.window_bytes)
         self._channel = channel
         # The far side has its own context, as on any other plane: cancelling it there does not cancel the caller's.
         self._context = Context(context.id, deadline=context.deadline, priority=context.priority, session=context.session,

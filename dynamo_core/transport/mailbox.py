@@ -79,18 +79,26 @@ class Mailbox:
 
 
 class BoundedMailbox(Mailbox):
-    """A mailbox whose filler waits for the reader: past `window` unread items nothing more is asked for."""
+    """A mailbox whose filler waits for the reader: past the window of unread items or bytes nothing more is asked for."""
 
-    __slots__ = ("_room", "_window")
+    __slots__ = ("_bytes", "_room", "_window_bytes", "_window_items")
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window_items: int, window_bytes: int) -> None:
         super().__init__()
-        self._window = window
+        self._window_items = window_items
+        self._window_bytes = window_bytes
+        self._bytes = 0
+        """Of unread items that are bytes."""
         self._room: asyncio.Future[None] | None = None
+
+    def put(self, item: Item) -> None:
+        if isinstance(item, bytes):
+            self._bytes += len(item)
+        super().put(item)
 
     @property
     def full(self) -> bool:
-        return len(self._items) >= self._window
+        return len(self._items) >= self._window_items or self._bytes >= self._window_bytes
 
     async def wait_for_room(self) -> None:
         while self.full:
@@ -98,6 +106,7 @@ class BoundedMailbox(Mailbox):
             await self._room
 
     def taken(self, items: list[Item]) -> None:
+        self._bytes = 0
         room, self._room = self._room, None
         if room is not None and not room.done():
             room.set_result(None)
