@@ -73,7 +73,7 @@ class LocalStack:
         async with httpx.AsyncClient(timeout=5.0, verify=False) as client:
             while True:
                 if self.supervisor.failed.is_set():
-                    ended = next(child for child in self.supervisor.children if child.exit_code in (0, 2))
+                    ended = next(child for child in self.supervisor.children if child.exit_code is not None)
                     raise ConfigError(Problem(f"{ended.name} ended with exit code {ended.exit_code}; its last lines say why"))
                 url, sentence, ready = await self._look(client)
                 if ready:

@@ -14,6 +14,8 @@ import attrs
 
 STABLE = 30.0
 """Seconds after which a child counts as well, and its next crash is restarted at once."""
+HOPELESS = 5
+"""Crashes in a row, none of them after a stable time, after which a child is not started again."""
 LAST_GRACE = 5.0
 """Seconds between asking a child to end and ending it, beyond its own drain time."""
 
@@ -28,6 +30,7 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
     exit_code: int | None = None
+    """Of its last end."""
 
 
 class Supervisor:
@@ -47,7 +50,7 @@ class Supervisor:
         self._watchers.append(asyncio.create_task(self._watch(child), name=f"child {child.name}"))
 
     async def _watch(self, child: Child) -> None:
-        delay = 0.5
+        crashes = 0
         while not self._stopping:
             started = time.monotonic()
             child.process = await asyncio.create_subprocess_exec(
@@ -62,8 +65,13 @@ class Supervisor:
                 self._say(child.name, f"ended with exit code {child.exit_code}")
                 self.failed.set()
                 return
-            delay = 0.5 if time.monotonic() - started > STABLE else min(2 * delay, 15.0)
+            crashes = 1 if time.monotonic() - started > STABLE else crashes + 1
             child.restarts += 1
+            if crashes > HOPELESS:
+                self._say(child.name, f"ended {crashes} times in a row; it is not started again")
+                self.failed.set()
+                return
+            delay = min(0.5 * 2 ** (crashes - 1), 15.0)
             ended = signal.Signals(-child.exit_code).name if child.exit_code < 0 else f"exit code {child.exit_code}"
             self._say(child.name, f"ended ({ended}); starting again in {delay:g} s")
             await asyncio.sleep(delay)
