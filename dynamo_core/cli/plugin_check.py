@@ -17,11 +17,12 @@ from dynamo_core.plugins import KINDS, Component, Plugin, Plugins
 Verdict = str | None
 """`None`: done. Otherwise what is missing."""
 
-_LIGHT = """
+_HEAVY = ("httpx", "numpy", "sglang", "tensorrt_llm", "torch", "transformers", "vllm", "xllamacpp", "zmq")
+_LIGHT = f"""
 import sys, importlib
 before = set(sys.modules)
 importlib.import_module(sys.argv[1])
-heavy = {m.partition(".")[0] for m in set(sys.modules) - before} & {"torch", "vllm", "sglang", "tensorrt_llm", "transformers", "numpy", "xllamacpp", "zmq", "httpx"}
+heavy = {{m.partition(".")[0] for m in set(sys.modules) - before}} & {set(_HEAVY)}
 loaded = [m for m in sys.argv[2:] if m in sys.modules]
 print(", ".join(sorted(heavy) + loaded))
 """
@@ -142,7 +143,8 @@ def _contract_tests(s: Subject) -> Verdict:
     tests = list((s.project / "tests").glob("**/test_*.py"))
     if not any("dynamo_core.contracts" in test.read_text("utf-8") for test in tests):
         return "no test inherits a contract of dynamo_core.contracts"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"], cwd=s.project, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=s.project, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else f"the tests fail: {(done.stdout.strip().splitlines() or ['?'])[-1]}"
 
 
