@@ -25,10 +25,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CHARACTERS = 32 * 2**20
-MAX_WORK = 1_000_000
+MAX_WORK = 500_000
 """One for each loop round and call, and one for each 100 characters that a filter or operator makes. A conversation
 of a thousand messages takes about ten thousand."""
 MAX_SECONDS = 5.0
+MAX_BITS = 4096
+"""Of a number."""
 
 
 class _Work(threading.local):
@@ -54,7 +56,7 @@ def _spend(amount: int) -> None:
 
 
 def _too_large() -> jinja2.TemplateError:
-    return jinja2.TemplateRuntimeError(f"it builds a text or list of more than {MAX_CHARACTERS:,} entries")
+    return jinja2.TemplateRuntimeError(f"it builds a value that is too large: at most {MAX_CHARACTERS:,} characters or entries, and numbers of {MAX_BITS} bits")
 
 
 def _checked(value: Any) -> Any:
@@ -93,11 +95,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             for items, count in ((left, right), (right, left)):
                 if isinstance(items, (str, list, tuple)) and isinstance(count, int) and len(items) * count > MAX_CHARACTERS:
                     raise _too_large()
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 4096:
-            raise jinja2.TemplateRuntimeError("it computes a number of more than 4096 bits")
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_BITS:
+            raise _too_large()
         elif operator == "%":
             _check_width(left)
-        return _checked(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, int) and result.bit_length() > MAX_BITS:
+            raise _too_large()
+        return _checked(result)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         _spend(1)

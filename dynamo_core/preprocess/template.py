@@ -122,10 +122,16 @@ def _iterates_content(tree: nodes.Template) -> bool:
         if isinstance(node, nodes.Name):
             return node.name in known
         if isinstance(node, nodes.Getitem):
-            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+            return _says_content(node.arg)
+        if isinstance(node, nodes.Call):  # message.get("content")
+            return isinstance(node.node, nodes.Getattr) and node.node.attr == "get" and bool(node.args) and _says_content(node.args[0])
         return isinstance(node, nodes.Getattr) and node.attr == "content"
 
     for assignment in tree.find_all(nodes.Assign):
         if isinstance(assignment.target, nodes.Name) and is_content(assignment.node):
             known.add(assignment.target.name)
     return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
+
+
+def _says_content(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const) and node.value == "content"
