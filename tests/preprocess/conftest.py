@@ -40,7 +40,7 @@ def byte_level(kind: str = "gpt2") -> bytes:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_tokens([AddedToken("<tool call>", normalized=False), AddedToken("<é>", normalized=False)])
+    tokenizer.add_tokens([AddedToken("<Tool Call>", normalized=False), AddedToken("<é>", normalized=False)])
     if kind == "llama3":
         tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     return tokenizer.to_str().encode()

@@ -12,7 +12,7 @@ from dynamo_core.preprocess.detokenizer import ByteDetokenizer, WindowDetokenize
 from dynamo_core.preprocess.pieces import Definition
 from dynamo_core.preprocess.vocabulary import Vocabulary
 
-TEXTS = ["Hello, world", "naïve café — “quoted” 😀👨‍👩‍👧 ", "你好，世界", "  leading and trailing  ", "a\n\n\tb", "<|im_end|>x<tool call>y", "\u0000", " "]
+TEXTS = ["Hello, world", "naïve café — “quoted” 😀👨‍👩‍👧 ", "你好，世界", "  leading and trailing  ", "a\n\n\tb", "<|im_end|>x<Tool Call>y", "\u0000", " "]
 
 
 class Case:
