@@ -74,7 +74,7 @@ class EngineContract:
 
     def request(self, prompt: Sequence[int], max_tokens: int | None = None, *, sampling: Sampling = GREEDY, ignore_eos: bool = True, **other: Any) -> Request:
         """A greedy request for exactly `max_tokens` tokens, unless told otherwise."""
-        stops = {"max_tokens": max_tokens or self.max_tokens, "ignore_eos": ignore_eos, **other.pop("stops", {})}
+        stops: dict[str, Any] = {"max_tokens": max_tokens or self.max_tokens, "ignore_eos": ignore_eos, **other.pop("stops", {})}
         return Request(id=f"contract-{next(_ids)}", model="contract", token_ids=list(prompt), sampling=sampling, stops=Stops(**stops), **other)
 
     async def ask(self, running: Running, request: Request) -> Answer:

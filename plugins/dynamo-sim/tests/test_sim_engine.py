@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,7 +16,7 @@ from dynamo_sim.engine import SimEngine
 
 class SimContract(EngineContract):
     reports_load = True
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture
     def engine_factory(self) -> Callable[[], Engine]:
@@ -32,35 +32,35 @@ class TestAsFastAsItGoes(SimContract):
 
 
 class TestInScaledTime(SimContract):
-    options = {"speedup": 100.0}
+    options: ClassVar = {"speedup": 100.0}
 
 
 class TestAnswersThatEndByThemselves(SimContract):
-    options = {"output_tokens": 10}
+    options: ClassVar = {"output_tokens": 10}
     natural_tokens = 16
 
 
 class TestWithHardlyAnyCache(SimContract):
     """The crowd does not fit: sequences are preempted and computed again, and nobody can tell from the answers."""
 
-    options = {"block_size": 4, "total_blocks": 40, "context_length": 160, "max_batched_tokens": 32}
+    options: ClassVar = {"block_size": 4, "total_blocks": 40, "context_length": 160, "max_batched_tokens": 32}
     max_tokens = 48
 
 
 class TestOldestGivesWay(TestWithHardlyAnyCache):
-    options = {**TestWithHardlyAnyCache.options, "preemption": "fifo"}
+    options: ClassVar = {**TestWithHardlyAnyCache.options, "preemption": "fifo"}
 
 
 class TestWithoutPrefixCaching(TestWithHardlyAnyCache):
-    options = {**TestWithHardlyAnyCache.options, "prefix_caching": False}
+    options: ClassVar = {**TestWithHardlyAnyCache.options, "prefix_caching": False}
 
 
 class TestWithoutChunkedPrefill(SimContract):
-    options = {"chunked_prefill": False, "block_size": 16, "total_blocks": 20, "context_length": 256, "max_batched_tokens": 256}
+    options: ClassVar = {"chunked_prefill": False, "block_size": 16, "total_blocks": 20, "context_length": 256, "max_batched_tokens": 256}
 
 
 class TestOneAtATime(SimContract):
-    options = {"max_sequences": 1}
+    options: ClassVar = {"max_sequences": 1}
 
 
 # ------------------------------------------------------------------ beyond the contract
