@@ -91,7 +91,10 @@ class TcpServerConnection(Connection):
         self._backlog = 0
         self._backlog_bytes = 0
         self._last = 0
-        connections.add(self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._connections.add(self)
+        super().connection_made(transport)
 
     # ------------------------------------------------------------------ out
 
@@ -148,9 +151,10 @@ class TcpServerConnection(Connection):
             half = len(ids) // 2
             self._encode(ids[:half], outputs[:half])
             self._encode(ids[half:], outputs[half:])
-        elif (stream := self._streams.get(ids[0])) is not None:
-            stream.stop("an output is over the caller's limit")
-            self.finish(stream, (EngineFailed.code, f"an output of {len(frame)} bytes is over the caller's limit of {limit}"))
+        else:  # its handler may have ended since: the caller drops what follows the failure
+            self._out.append(frames.encode(Failure(ids[0], EngineFailed.code, f"an output of {len(frame)} bytes is over the caller's limit of {limit}")))
+            if (stream := self._streams.pop(ids[0], None)) is not None:
+                stream.stop("an output is over the caller's limit")
 
     def flush(self) -> None:
         super().flush()

@@ -46,7 +46,7 @@ def server_context(tls: PlaneTls) -> ssl.SSLContext:
         try:
             if (now := _state(tls)) != state:
                 current, state = _context(tls, ssl.PROTOCOL_TLS_SERVER), now
-        except (OSError, ConfigError) as e:
+        except ConfigError as e:
             log.warning("renewed tls files cannot be used, the old ones stay: %s", e)
         connection.context = current
 
@@ -71,4 +71,8 @@ def _context(tls: PlaneTls, protocol: int) -> ssl.SSLContext:
 
 
 def _state(tls: PlaneTls) -> tuple[int, ...]:
-    return tuple(path.stat().st_mtime_ns for path in (tls.ca, tls.cert, tls.key) if path)
+    """Changes when a file does."""
+    try:
+        return tuple(path.stat().st_mtime_ns for path in (tls.ca, tls.cert, tls.key) if path)
+    except OSError as e:
+        raise ConfigError(Problem(f"tls: {e.filename}: {e.strerror}")) from e
