@@ -4,7 +4,8 @@ The numbered guarantees are the specification; `dynamo_core.contracts.discovery`
 
     D1  A value that was put is what `get` and `items` return, byte for byte.
     D2  A watcher receives one `Put` for each key that exists when it starts, then `Synced`, then changes, in order.
-    D3  No change is delivered twice, none is lost, and the last event of a key tells its present state.
+    D3  No change is delivered twice, none is lost, and the last event of a key tells its present state. Changes of one key
+        that follow each other quickly may be merged into the last of them.
     D4  A key that was put under a lease disappears within `ttl` + 2 s after the lease stops being kept alive.
     D5  Revoking a lease deletes its keys at once.
     D6  A lease that expired never comes back: a `put` under it raises `LeaseLost`, and `lease.lost` is set.

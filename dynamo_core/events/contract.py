@@ -2,6 +2,7 @@
 
     E1  Events of one publisher and topic arrive in the order in which they were published, none twice.
     E2  What was lost is known to be lost: the next event that arrives is preceded by a `Gap` that says how many.
+        What a publisher sent before a subscriber reached it counts as missed too: numbers are compared from 0 on.
     E3  A subscriber finds publishers that start later, and drops those that leave (`Left`).
     E4  `publish` never blocks and never grows without bound: over the limit the oldest events are dropped and E2 applies.
     E5  A slow subscriber hurts neither the publisher nor other subscribers.
