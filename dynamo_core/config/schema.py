@@ -80,7 +80,9 @@ def _positive(default: float) -> Any:
 @attrs.frozen
 class Tls:
     cert: Path
+    """The certificate chain (PEM)."""
     key: Path
+    """Its private key (PEM)."""
     client_ca: Path | None = None
     """With it, clients must present a certificate that it signed (mTLS)."""
 
@@ -88,14 +90,21 @@ class Tls:
 @attrs.frozen
 class Frontend:
     host: str = "127.0.0.1"
+    """The address to listen on; beyond loopback, set an authenticator."""
     port: int = attrs.field(default=8000, validator=[v.ge(0), v.le(65535)])
+    """0 takes any free port."""
     processes: int = attrs.field(default=1, validator=[v.ge(1), v.le(64)])
     """More than one share the port (SO_REUSEPORT), each with its own router."""
     http_server: Use = choice("http_server", "hypercorn")
+    """What runs the HTTP application."""
     authenticator: Use | None = choice("authenticator")
+    """Who may call; everyone when unset."""
     rate_limiter: Use | None = choice("rate_limiter")
+    """How much a caller may use; unlimited when unset."""
     tls: Tls | None = None
+    """Serve HTTPS."""
     max_body_bytes: int = attrs.field(default=32 * 2**20, validator=v.ge(1024))
+    """A larger request body is answered 413."""
     max_requests: int = attrs.field(default=10_000, validator=v.ge(1))
     """Requests in progress; one more is answered 529."""
     body_timeout: float = _positive(60.0)
@@ -103,7 +112,9 @@ class Frontend:
     request_timeout: float = _positive(600.0)
     """Seconds from arrival to the end of the answer."""
     first_token_timeout: float = _positive(300.0)
+    """Seconds from arrival to the first token."""
     drain_timeout: float = _positive(30.0)
+    """Seconds that requests in progress have to end at shutdown."""
     direct_routing: bool = True
     """Clients may pin a request to an instance."""
     debug_routes: bool = True
@@ -115,27 +126,33 @@ class Status:
     """The status endpoint of roles without an HTTP surface of their own: /health /live /metrics."""
 
     host: str = "127.0.0.1"
+    """The address to listen on."""
     port: int = attrs.field(default=0, validator=[v.ge(0), v.le(65535)])
     """0: any free port (it is registered in discovery and logged)."""
     enabled: bool = True
+    """Turn it off where nothing asks for it."""
 
 
 @attrs.frozen
 class Worker:
     engine: Use = choice("engine", "echo")
+    """What generates."""
     name: str = attrs.field(default="backend", validator=v.matches_re(r"[a-z0-9][a-z0-9_-]*"))
     """The component name in `namespace.component.endpoint`."""
     count: int = attrs.field(default=1, validator=v.ge(0))
     """How many processes `dynamo up` starts."""
     role: str | None = attrs.field(default=None, validator=v.optional(v.in_(["aggregated", "prefill", "decode", "encode"])))
+    """Instead of the role that the engine's card names."""
     served_name: str | None = None
     """The model name that clients use, instead of the engine's own."""
     max_requests: int = attrs.field(default=1024, validator=v.ge(1))
     """Requests in progress on one worker; one more gets a migratable overload error."""
     drain_timeout: float = _positive(30.0)
+    """Seconds that requests in progress have to end at shutdown."""
     canary_interval: float = _positive(10.0)
     """Seconds of silence after which the engine is probed."""
     canary_timeout: float = _positive(10.0)
+    """Seconds that a probe may take before the engine counts as dead."""
 
 
 @attrs.frozen
@@ -143,20 +160,27 @@ class Router:
     """A preset (`use`) or a stack. A role's table (`[router.prefill]`) replaces the whole table for that role."""
 
     use: Use | None = choice("policy")
+    """A policy by name."""
     filters: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "filter"})
+    """Which workers must not serve a request; in addition to those of the policy."""
     scorers: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "scorer", "reserved": ("weight",)})
     """Each may carry a `weight` (1.0), beside its own options."""
     picker: Use | None = choice("picker")
+    """How a worker is chosen from the totals."""
     temperature: float | None = attrs.field(default=None, validator=v.optional(v.ge(0)))
     """Shorthand: `picker = { use = "softmax", temperature = ... }`."""
     facts: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "facts"})
     """Options of fact providers; those that a stack needs are added by themselves."""
     seed: int = 0
+    """Of ties and chance: the same seed and the same requests give the same decisions."""
     decisions: int = attrs.field(default=4096, validator=v.ge(0))
     """How many decision records to keep."""
     prefill: Router | None = None
+    """For prefill workers, instead of this table."""
     decode: Router | None = None
+    """For decode workers, instead of this table."""
     encode: Router | None = None
+    """For encode workers, instead of this table."""
 
 
 @attrs.frozen
@@ -172,11 +196,13 @@ class Migration:
 @attrs.frozen
 class Observability:
     log_level: str = attrs.field(default="info", validator=v.in_(["debug", "info", "warning", "error"]))
+    """Less important lines are not logged."""
     log_format: str = attrs.field(default="auto", validator=v.in_(["auto", "console", "json"]))
     """`auto`: console on a terminal, JSON otherwise."""
     otlp_endpoint: str | None = None
     """Traces go here (OTLP over HTTP); off when unset."""
     trace_ratio: float = attrs.field(default=1.0, validator=[v.ge(0), v.le(1)])
+    """Share of the requests that are traced, unless the caller decides."""
 
 
 @attrs.frozen
@@ -188,16 +214,28 @@ class PluginSettings:
 @attrs.frozen
 class Config:
     namespace: str = attrs.field(default="dynamo", validator=v.matches_re(r"[a-z0-9][a-z0-9_-]*"))
+    """Processes see only those of the same namespace."""
     host: str = "127.0.0.1"
     """The address under which the other machines of the fleet reach this one."""
     lease_ttl: float = _positive(10.0)
+    """Seconds after which a silent process counts as gone."""
     discovery: Use = choice("discovery", "file")
+    """Where processes find each other."""
     request_plane: Use = choice("request_plane", "tcp")
+    """How requests travel."""
     event_plane: Use = choice("event_plane", "zmq")
+    """How news of caches and load travels."""
     frontend: Frontend = attrs.field(factory=Frontend)
+    """The HTTP side."""
     router: Router = attrs.field(factory=Router)
+    """Who serves a request."""
     migration: Migration = attrs.field(factory=Migration)
+    """What happens when a worker is lost."""
     workers: tuple[Worker, ...] = ()
+    """The engines that `dynamo up` starts."""
     status: Status = attrs.field(factory=Status)
+    """The status endpoint of roles without HTTP."""
     observability: Observability = attrs.field(factory=Observability)
+    """Logs and traces."""
     plugins: PluginSettings = attrs.field(factory=PluginSettings)
+    """Which plugins are used."""

@@ -81,8 +81,8 @@ class Structurer:
             raise Bad
         try:
             return cls(**values)
-        except (ValueError, TypeError) as e:
-            raise self.bad(at, f"{name}: {e}") from None
+        except Exception as e:  # the constructor of a plugin's class may raise anything
+            raise self.bad(at, f"{name}: {e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'}") from None
 
     def _field(self, cls: type[Any], a: attrs.Attribute[Any], hints: Mapping[str, Any], raw: Any, at: Key) -> Any:
         if a.converter is not None:
@@ -105,10 +105,10 @@ class Structurer:
                 continue
             try:
                 a.validator(stand_in, a, value)
-            except (ValueError, TypeError) as e:
-                self.problems.append(nearest(self.marks, (*at, key)).problem(*refusal(e, a, (*at, key), value)))
             except AttributeError:
                 continue  # it looked at a required field that is itself wrong or missing
+            except Exception as e:
+                self.problems.append(nearest(self.marks, (*at, key)).problem(*refusal(e, a, (*at, key), value)))
         for place, what, remedy in conflicts(stand_in, at):
             self.problems.append(nearest(self.marks, place).problem(what, remedy))
 
