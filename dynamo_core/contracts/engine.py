@@ -270,11 +270,9 @@ class EngineContract:
     async def test_g8_stop_ends_every_stream(self, engine_factory: Callable[[], Engine], prompt: Sequence[int]) -> None:
         async with asyncio.timeout(self.patience):
             running = await start(engine_factory())
-            streams = [running.engine.generate(self._long(running, p), Context("contract")) for p in self.prompts(prompt)]
-            for stream in streams:
-                await anext(stream)
-            reading = [asyncio.create_task(_drain(stream)) for stream in streams]
-            await asyncio.sleep(0)
+            flowing = asyncio.Event()
+            reading = [asyncio.create_task(_drain(running.engine.generate(self._long(running, p), Context("contract")), flowing)) for p in self.prompts(prompt)]
+            await flowing.wait()
             await running.engine.stop()
             for end in await asyncio.gather(*reading, return_exceptions=True):
                 assert isinstance(end, (EngineDead, Output)), f"a stream ended with {end!r}"
@@ -378,8 +376,9 @@ def _stretch(prompt: Sequence[int], length: int) -> list[int]:
     return [prompt[i % len(prompt)] for i in range(length)]
 
 
-async def _drain(stream: AsyncIterator[Output]) -> Output:
+async def _drain(stream: AsyncIterator[Output], flowing: asyncio.Event) -> Output:
     last = Output()
     async for output in stream:
         last = output
+        flowing.set()
     return last
