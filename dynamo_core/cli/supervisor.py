@@ -14,6 +14,8 @@ import attrs
 
 STABLE = 30.0
 """Seconds after which a child counts as well, and its next crash is restarted at once."""
+CONFIGURATION = 2
+"""Exit code of a child that will not do better the next time."""
 HOPELESS = 5
 """Crashes in a row, none of them after a stable time, after which a child is not started again."""
 LAST_GRACE = 5.0
@@ -34,7 +36,7 @@ class Child:
 
 
 class Supervisor:
-    """Owns the children. A child that ends by itself with 0 or 2 stays ended: it was done, or its configuration is wrong."""
+    """Owns the children, and keeps as many as there were: whoever ends has a successor, unless its configuration is wrong."""
 
     def __init__(self, say: Callable[[str, str], None], *, grace: float) -> None:
         self.children: list[Child] = []
@@ -61,12 +63,15 @@ class Supervisor:
             child.exit_code = await child.process.wait()
             if self._stopping:
                 return
-            if child.exit_code in (0, 2):
-                self._say(child.name, f"ended with exit code {child.exit_code}")
+            child.restarts += 1
+            if child.exit_code == CONFIGURATION:
+                self._say(child.name, "ended because of its configuration; it is not started again")
                 self.failed.set()
                 return
+            if child.exit_code == 0:
+                self._say(child.name, "was asked to end; starting its successor")
+                continue
             crashes = 1 if time.monotonic() - started > STABLE else crashes + 1
-            child.restarts += 1
             if crashes > HOPELESS:
                 self._say(child.name, f"ended {crashes} times in a row; it is not started again")
                 self.failed.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -100,6 +101,7 @@ class FleetCatalog:
 
     def status(self) -> dict[str, Any]:
         return {
+            "pid": os.getpid(),
             "models": {name: model.status() for name, model in sorted(self._models.items())},
             "problems": self.problems(),
             "request_plane": self._config.request_plane.name, "event_plane": self._config.event_plane.name, "discovery": self._config.discovery.name,
