@@ -2,16 +2,20 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from dynamo_core.config import structure
 from dynamo_core.context import Context
 from dynamo_core.contracts.engine import EngineContract
 from dynamo_core.engines import Engine, EngineContext, KvEvent
-from dynamo_core.errors import EngineDead
+from dynamo_core.errors import ConfigError, EngineDead
+from dynamo_core.plugins import Plugins
 from dynamo_core.types import Load, Output, Request, Sampling, Stops
 from dynamo_sim.engine import SimEngine
+from dynamo_sim.timing import Linear
 
 
 class SimContract(EngineContract):
@@ -246,3 +250,81 @@ async def test_an_engine_that_breaks_says_so_and_ends_its_streams() -> None:
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimEngine(**options)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop that jumps to the next timer instead of waiting for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        poll = self._selector.select  # type: ignore[attr-defined]
+
+        def select(timeout: float | None) -> Any:
+            ready = poll(0)
+            if not ready and timeout:
+                self.now += timeout
+            return ready
+
+        self._selector.select = select  # type: ignore[attr-defined]
+
+    def time(self) -> float:
+        return self.now
+
+
+def in_virtual_time(engine: SimEngine, *requests: tuple[int, int]) -> tuple[float, list[list[int]]]:
+    """Seconds until all answers are there, and the answers; each request is a prompt length and a token count."""
+
+    async def main() -> tuple[float, list[list[int]]]:
+        await engine.start(EngineContext())
+        answers = await asyncio.gather(*(ask(engine, list(range(i, i + length)), count) for i, (length, count) in enumerate(requests)))
+        took = asyncio.get_running_loop().time()
+        await engine.stop()
+        return took, [tokens(answer) for answer in answers]
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main())
+
+
+def test_an_hour_passes_at_once_on_a_virtual_clock_and_exactly() -> None:
+    took, answers = in_virtual_time(SimEngine(pace_ms=1000, total_blocks=4096), (10, 3600), (20, 3600))
+    assert took == pytest.approx(3600)
+    assert [len(answer) for answer in answers] == [3600, 3600]
+
+
+def test_time_on_a_virtual_clock_is_the_published_formula() -> None:
+    took, _ = in_virtual_time(SimEngine(), (1000, 1))
+    assert took == pytest.approx((4.209989e-7 * 1e6 + 15.18344 + 16.50142) / 1000)
+    assert in_virtual_time(SimEngine(speedup=4), (1000, 1))[0] == pytest.approx(took / 4)
+
+
+def test_answers_do_not_depend_on_the_clock() -> None:
+    work = [(10, 50), (300, 20), (77, 33)]
+    assert in_virtual_time(SimEngine(), *work)[1] == in_virtual_time(SimEngine(linear=Linear(), speedup=3), *work)[1]
+
+
+# ------------------------------------------------------------------ as a plugin
+
+
+def test_it_is_found_by_name() -> None:
+    assert Plugins.load().find("engine", "sim").load() is SimEngine
+
+
+def test_its_options_are_read_from_the_configuration() -> None:
+    engine = structure(SimEngine, {"speedup": 2, "linear": {"step": 3}, "preemption": "fifo", "model_path": "/models/m"})
+    assert (engine.speedup, engine.linear, engine.preemption, engine.model_path) == (2.0, Linear(step=3.0), "fifo", Path("/models/m"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speed_up": 2}, "did you mean 'speedup'"),
+        ({"block_size": 0}, "block_size"),
+        ({"linear": {"step": -1}}, "step"),
+        ({"pace_ms": 20, "linear": {}}, "exclude each other"),
+        ({"total_blocks": 10}, "must fit in the cache"),
+    ],
+)
+def test_mistakes_in_its_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        structure(SimEngine, options)
