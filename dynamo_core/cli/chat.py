@@ -11,7 +11,7 @@ import httpx
 from cyclopts import Parameter
 from rich.console import Console
 
-from dynamo_core.cli.http import get, refusal, unreachable
+from dynamo_core.cli.http import connect, get, refusal, unreachable
 from dynamo_core.cli.options import Url
 from dynamo_core.errors import Unavailable
 
@@ -28,7 +28,7 @@ def chat(
 ) -> None:
     """Talk to a model; answers are shown as they come, with the time to the first token and the speed."""
     console = Console(highlight=False)
-    with httpx.Client(base_url=url, timeout=httpx.Timeout(600.0, connect=5.0)) as client:
+    with connect(url, timeout=600.0) as client:
         model = model or _only_model(client)
         if prompt is not None:
             _ask(client, console, model, [{"role": "user", "content": prompt}], max_tokens)

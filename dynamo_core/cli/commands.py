@@ -35,7 +35,7 @@ def run(component: Component, arguments: Sequence[str]) -> int:
     from cyclopts import App, CycloptsError
 
     function: Callable[..., Any] = component.load()
-    app = App(name=f"dynamo {component.name}", version_flags=[], help_format="plaintext", result_action="return_value")
+    app = App(name=f"dynamo {component.name}", version_flags=[], help_format="plaintext", result_action="return_value", suppress_keyboard_interrupt=False)
     app.default(function)
     try:
         result = app(list(arguments), exit_on_error=False, print_error=False)

@@ -4,10 +4,9 @@ import json as jsonlib
 from typing import Annotated
 from urllib.parse import quote
 
-import httpx
 from cyclopts import Parameter
 
-from dynamo_core.cli.http import get
+from dynamo_core.cli.http import connect, get
 from dynamo_core.cli.options import Json, Url
 from dynamo_core.errors import Unavailable
 
@@ -20,7 +19,7 @@ def explain(
     json: Json = False,
 ) -> None:
     """Say why a request went to the worker it went to."""
-    with httpx.Client(base_url=url, timeout=10.0) as client:
+    with connect(url, timeout=10.0) as client:
         response = get(client, f"/debug/decisions/{quote(id, safe='')}")
     if response.status_code == 404:
         raise Unavailable(f"{url} knows no decision {id!r}: it keeps the latest ones (router.decisions), and only its own")

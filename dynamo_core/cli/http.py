@@ -7,14 +7,20 @@ import httpx
 from dynamo_core.errors import Unavailable
 
 
+def connect(url: str, *, timeout: float) -> httpx.Client:
+    """A client of the frontend at `url`. :raises Unavailable: that is no URL."""
+    try:
+        return httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=5.0))
+    except (httpx.InvalidURL, ValueError) as e:
+        raise Unavailable(f"{url!r} is not a URL: {e}") from e
+
+
 def get(client: httpx.Client, path: str) -> httpx.Response:
     """:raises Unavailable: nobody answers there."""
     try:
         return client.get(path)
     except httpx.HTTPError as e:
         raise unreachable(client, e) from e
-    except (httpx.InvalidURL, ValueError) as e:
-        raise Unavailable(f"{client.base_url} is not a URL: {e}") from e
 
 
 def unreachable(client: httpx.Client, error: httpx.HTTPError) -> Unavailable:
