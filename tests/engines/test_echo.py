@@ -1,12 +1,14 @@
 """The echo engine keeps the engine contract, and answers with the prompt."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
+import pytest_asyncio
 
 from dynamo_core.context import Context
 from dynamo_core.contracts.engine import EngineContract
+from dynamo_core.contracts.engine_answers import Running, start
 from dynamo_core.engines import Engine, EngineContext
 from dynamo_core.engines.byte_tokenizer import TURN_END, TURN_START
 from dynamo_core.engines.echo import EchoEngine
@@ -22,6 +24,18 @@ class TestEcho(EngineContract):
     @pytest.fixture
     def prompt(self) -> list[int]:
         return list(b"What is the meaning of life?")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+class TestOneEngineForAllTests(TestEcho):
+    """How an engine that takes long to start is tested: started once, and shared by its tests."""
+
+    @pytest_asyncio.fixture(scope="module", loop_scope="module")
+    @classmethod
+    async def running(cls) -> AsyncIterator[Running]:
+        running = await start(EchoEngine())
+        yield running
+        await running.engine.stop()
 
 
 async def answer(engine: EchoEngine, prompt: bytes | list[int], **stops: object) -> list[Output]:
