@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -59,7 +59,7 @@ class FleetCatalog:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, runtime: Runtime, registry: CollectorRegistry) -> AsyncIterator[FleetCatalog]:
+    async def open(cls, runtime: Runtime, registry: CollectorRegistry) -> AsyncGenerator[FleetCatalog]:
         """Follow discovery until left; what existed before is known when it is entered."""
         catalog = cls(runtime, registry)
         watching = asyncio.create_task(catalog._watch.run(), name="fleet watch")
@@ -68,7 +68,7 @@ class FleetCatalog:
         try:
             yield catalog
         finally:
-            tasks = [watching, synced, *catalog._admitting.values()]
+            tasks: list[asyncio.Task[Any]] = [watching, synced, *catalog._admitting.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

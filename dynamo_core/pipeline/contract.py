@@ -18,14 +18,25 @@ from dynamo_core.types import Delta, LogprobText, Request, TextOptions, Usage
 class Generation(Protocol):
     """One request on its way. Reading drives it; whoever stops reading early must call `cancel`."""
 
-    usage: Usage
-    """Exact at any time for what has been read."""
-    decisions: list[str]
-    """Ids of the routing decisions made for it so far, for the `x-dynamo-decision` header and `dynamo explain`."""
-    workers: list[str]
-    """Labels of the workers that served it, in order."""
-    prompt_logprobs: list[LogprobText | None] | None
-    """Known once the first delta was read."""
+    @property
+    def usage(self) -> Usage:
+        """Exact at any time for what has been read."""
+        ...
+
+    @property
+    def decisions(self) -> Sequence[str]:
+        """Ids of the routing decisions made for it so far, for the `x-dynamo-decision` header and `dynamo explain`."""
+        ...
+
+    @property
+    def workers(self) -> Sequence[str]:
+        """Labels of the workers that served it, in order."""
+        ...
+
+    @property
+    def prompt_logprobs(self) -> Sequence[LogprobText | None] | None:
+        """Known once the first delta was read."""
+        ...
 
     async def read(self) -> Sequence[Delta]:
         """At least one delta, at most one for each choice; an empty sequence is the end.
@@ -39,11 +50,19 @@ class Generation(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    name: str
-    card: ModelCard
-    preprocessor: Preprocessor
-    created: int
-    """Unix time at which this frontend first saw the model; it does not change from call to call."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def preprocessor(self) -> Preprocessor: ...
+
+    @property
+    def created(self) -> int:
+        """Unix time at which this frontend first saw the model; it does not change from call to call."""
+        ...
 
     def not_ready(self) -> str | None:
         """What is still missing, in a sentence, or `None`."""

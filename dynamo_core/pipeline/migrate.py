@@ -38,7 +38,9 @@ class TokenStream:
         self._dispatcher = dispatcher
         self._settings = settings
         self._metrics = metrics
-        self._leg: Leg | _Finished | None = None
+        self._leg: Leg | None = None
+        self._cut_short = False
+        """The worker was lost when only its last word, the finish reason, was missing."""
         self._emitted: list[int] = []
         self._open_choices = request.sampling.n
         self._moves = 0
@@ -56,7 +58,10 @@ class TokenStream:
         while True:
             leg = self._leg
             if leg is None:
-                return ()
+                if not self._cut_short:
+                    return ()
+                self._cut_short, self._open_choices = False, 0
+                return (Output([], 0, "length"),)
             try:
                 outputs: Sequence[Output] = await leg.stream.read()  # pyright: ignore[reportAssignmentType]
             except StreamError as e:
@@ -87,7 +92,7 @@ class TokenStream:
 
     # --------------------------------------------------------------
 
-    def _note(self, leg: Leg | _Finished, outputs: Sequence[Output]) -> None:
+    def _note(self, leg: Leg, outputs: Sequence[Output]) -> None:
         tokens = 0
         cached = None
         for output in outputs:
@@ -137,7 +142,7 @@ class TokenStream:
                 self._moves += 1
             request = self._rest()
             if request is None:
-                self._leg = _Finished(lost)
+                self._cut_short = True
                 return
             try:
                 await self._dispatch(request)
@@ -186,33 +191,6 @@ class TokenStream:
             self._request, token_ids=self._request.token_ids + emitted, resumed=len(emitted), prompt_logprobs=None,
             stops=msgspec.structs.replace(stops, max_tokens=left, min_tokens=max(0, stops.min_tokens - len(emitted))),
         )
-
-
-class _LastWord:
-    """A stream that only says the finish reason which the lost worker could not."""
-
-    def __init__(self) -> None:
-        self._said = False
-
-    async def read(self) -> Sequence[Output]:
-        if self._said:
-            return ()
-        self._said = True
-        return (Output([], 0, "length"),)
-
-    def cancel(self) -> None: ...
-
-
-class _Finished:
-    """Stands in for a leg when nothing is left to be generated; there is no booking to keep."""
-
-    def __init__(self, lost: Leg | None) -> None:
-        self.stream = _LastWord()
-        self.worker = lost.worker if lost else None
-
-    def received(self, tokens: int, cached_tokens: int | None) -> None: ...
-
-    def end(self, outcome: str) -> None: ...
 
 
 def _for_client(error: StreamError, why_not: str) -> DynamoError:

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -66,7 +66,7 @@ class Runtime:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, config: Config, plugins: Plugins) -> AsyncIterator[Runtime]:
+    async def open(cls, config: Config, plugins: Plugins) -> AsyncGenerator[Runtime]:
         discovery: Discovery = build(config.discovery, "discovery", plugins)
         runtime = cls(config, plugins, discovery, build(config.request_plane, "request_plane", plugins), build(config.event_plane, "event_plane", plugins))
         async with discovery:

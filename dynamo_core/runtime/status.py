@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -55,7 +55,7 @@ def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: C
 
 
 @contextlib.asynccontextmanager
-async def serve_status(settings: Status, app: Starlette) -> AsyncIterator[str]:
+async def serve_status(settings: Status, app: Starlette) -> AsyncGenerator[str]:
     """Serve until left; yields the URL. Port 0 takes any free port."""
     listener = socket.create_server((settings.host, settings.port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     host, port = listener.getsockname()[:2]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -56,7 +56,7 @@ class Cluster:
     @contextlib.asynccontextmanager
     async def up(cls, *, workers: int = 2, engine: str | Use = "echo", options: Mapping[str, Any] | None = None, router: Router | None = None,
                  migration: Migration | None = None, lease_ttl: float = 2.0, discovery: Use | None = None, request_plane: Use | None = None,
-                 event_plane: Use | None = None, plugins: Plugins | None = None, settings: Mapping[str, Any] | None = None) -> AsyncIterator[Cluster]:
+                 event_plane: Use | None = None, plugins: Plugins | None = None, settings: Mapping[str, Any] | None = None) -> AsyncGenerator[Cluster]:
         """Start workers and a frontend's catalog, and wait until every worker serves.
 
         :param options: of the engine. :param settings: more fields of `config.schema.Worker`.

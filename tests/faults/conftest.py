@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import attrs
@@ -97,7 +97,7 @@ class Load:
                 self.done += 1
 
     @contextlib.asynccontextmanager
-    async def under_way(self) -> AsyncIterator[Load]:
+    async def under_way(self) -> AsyncGenerator[Load]:
         lanes = [asyncio.create_task(self.lane(i)) for i in range(self.streams)]
         try:
             yield self
@@ -135,7 +135,7 @@ def field(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]):
     """`async with field(workers=4, frontends=2) as running:` starts a stack and waits until it is ready."""
 
     @contextlib.asynccontextmanager
-    async def up(*, workers: int, frontends: int, more: str = "") -> AsyncIterator[Field]:
+    async def up(*, workers: int, frontends: int, more: str = "") -> AsyncGenerator[Field]:
         path = tmp_path / "stack.toml"
         path.write_text(STACK.format(path=tmp_path / "discovery", port=unused_tcp_port_factory(), workers=workers, frontends=frontends) + more)
         plugins = Plugins.load()
