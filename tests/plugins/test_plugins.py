@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from dynamo_core import __version__
 from dynamo_core.errors import ConfigError, PluginError
 from dynamo_core.plugins import Deprecated, Plugin, Plugins, Registry
 
@@ -105,6 +107,22 @@ def test_two_plugins_of_one_name_blame_the_second_and_keep_the_first(install: In
 def test_a_plugin_for_another_core_is_left_out(install: Install) -> None:
     install("acme-old", requires=("numpy", "dynamo_core<0.1",))
     assert problem("acme-old").startswith("needs dynamo-core<0.1, this is ")
+
+
+SPECIFIERS = [">=0.1", ">=0.1.0,<1", ">0.1", "<0.1.0", "<=0.1", "<0.1.0.1", ">= 0.0.9 , < 0.2", "==0.1.*", "~=0.1", "!=0.1.0", ">=0.1rc1", ">=2",
+              "[testing]>=0.1", " (>=0.2)", "", "[x]"]
+
+
+@pytest.mark.parametrize("specifier", SPECIFIERS)
+def test_version_ranges_mean_what_they_mean_to_installers(specifier: str, install: Install) -> None:
+    install("acme-range", requires=(f"dynamo-core{specifier}",))
+    fits = Requirement(f"dynamo-core{specifier}").specifier.contains(__version__, prereleases=True)
+    assert (problem("acme-range") == "") is fits
+
+
+def test_another_package_with_a_similar_name_is_not_the_core(install: Install) -> None:
+    install("acme-similar", requires=("dynamo-core-extras>=99", "dynamo.corex>=99"))
+    assert problem("acme-similar") == ""
 
 
 @pytest.mark.parametrize("requires", [("dynamo-core>=",), ("dynamo-core !!",)])
