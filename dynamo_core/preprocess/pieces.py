@@ -38,13 +38,34 @@ class AddedToken(msgspec.Struct):
     single_word: bool = False
 
 
-class Definition(msgspec.Struct):
-    """The parts of a `tokenizer.json` that matter here; the vocabulary, which is most of it, is not parsed."""
+class Model(msgspec.Struct):
+    vocab: msgspec.Raw = msgspec.Raw(b"{}")
+    """Most of the file; left as it is until somebody needs it."""
 
+
+class Definition(msgspec.Struct):
+    """The parts of a `tokenizer.json` that matter here."""
+
+    model: Model = msgspec.field(default_factory=Model)
     added_tokens: list[AddedToken] = []
     normalizer: dict[str, Any] | None = None
     pre_tokenizer: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
+
+
+def most_characters(definition: Definition) -> int | None:
+    """How many characters of text one token can stand for, or `None` where that has no bound."""
+    if (definition.decoder or {}).get("type") != "ByteLevel" or any(token.lstrip or token.rstrip for token in definition.added_tokens):
+        return None
+    match definition.normalizer:
+        case None:
+            shrinks = 1
+        case {"type": "NFC"}:
+            shrinks = 4  # the longest sequence that one character is composed from
+        case _:
+            return None
+    vocabulary = msgspec.json.decode(definition.model.vocab, type=dict[str, msgspec.Raw])
+    return shrinks * max(map(len, (*vocabulary, *(token.content for token in definition.added_tokens))), default=0) or None
 
 
 class Cutter:

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from dynamo_core.cards import ModelCard
-from dynamo_core.errors import RequestError
+from dynamo_core.errors import PromptTooLong, RequestError
 from dynamo_core.preprocess.assembler import TextAssembler, logprob_text
-from dynamo_core.preprocess.pieces import Definition
+from dynamo_core.preprocess.pieces import Definition, most_characters
 from dynamo_core.preprocess.template import ChatTemplate, compile_template
 from dynamo_core.preprocess.tokenizer import TextTokenizer, threads
 from dynamo_core.preprocess.vocabulary import Vocabulary
@@ -29,6 +29,8 @@ class TextPreprocessor:
         definition = msgspec.json.decode(tokenizer_json, type=Definition)
         self._tokenizer = TextTokenizer(tokenizer_json, definition)
         self._vocabulary = Vocabulary(self._tokenizer.reference, definition.decoder)
+        per_token = most_characters(definition)
+        self._most_characters = None if per_token is None else per_token * card.context_length
         self._template: ChatTemplate | None = compile_template(card.chat_template) if card.chat_template else None
 
     async def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
@@ -53,7 +55,13 @@ class TextPreprocessor:
         return await asyncio.get_running_loop().run_in_executor(threads, render)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Text to token ids; a long text is tokenized in a thread, so the event loop goes on."""
+        """Text to token ids; a long text is tokenized in a thread, so the event loop goes on.
+
+        :raises PromptTooLong: no tokenization of so long a text could fit, so none is tried.
+        """
+        if self._most_characters is not None and len(text) > self._most_characters:
+            limit = self.card.context_length
+            raise PromptTooLong(f"this model's context length is {limit} tokens, too short for any prompt of {len(text):,} characters", param="prompt")
         return await self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

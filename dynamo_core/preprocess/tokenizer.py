@@ -7,9 +7,10 @@ import os
 import random
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
+from typing import Any
 
 import structlog
 from tokenizers import Tokenizer
@@ -24,7 +25,7 @@ CACHE_BYTES = 64 * 2**20
 threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dynamo-text")
 """For long prompts. One pool for all models: more threads than cores would only add to the latency of each."""
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[list[str]], list[list[int]]]
 log = structlog.get_logger(__name__)
 
 
@@ -36,7 +37,7 @@ class TextTokenizer:
         self.reference.no_truncation()
         self.reference.no_padding()
         self._before, self._after = _added_around(self.reference)
-        self._encode_piece: Encode = _accelerated(content, self._encode_reference) or self._encode_reference
+        self._encode: Encode = _accelerated(content, self._encode_reference) or self._encode_reference
         self._cutter = Cutter(definition)
         self._cache = _Cache(cache_bytes)
 
@@ -49,22 +50,24 @@ class TextTokenizer:
 
     def encode_now(self, text: str) -> list[int]:
         """The tokens of `text`, without special tokens around it, in this thread."""
+        pieces = list(self._cutter.cut(text))
+        known, missing = self._cache.get(pieces)
+        if missing:
+            # All in one call: each return from a thread may have to wait for the interpreter lock.
+            fresh = {piece: array("I", ids) for piece, ids in zip(missing, self._encode(missing), strict=True)}
+            self._cache.put(fresh)
+            known |= fresh
         ids: list[int] = []
-        cache = self._cache
-        for piece in self._cutter.cut(text):
-            found = cache.get(piece)
-            if found is None:
-                found = array("I", self._encode_piece(piece))
-                cache.put(piece, found)
-            ids.extend(found)
+        for piece in pieces:
+            ids.extend(known[piece])
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self.reference.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def _encode_reference(self, text: str) -> list[int]:
+    def _encode_reference(self, texts: list[str]) -> list[list[int]]:
         # `encode` would hold the interpreter lock all the while, in whatever thread it runs; this lets it go.
-        return self.reference.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return [encoding.ids for encoding in self.reference.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class _Cache:
@@ -76,20 +79,28 @@ class _Cache:
         self._pieces: OrderedDict[str, array[int]] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, piece: str) -> array[int] | None:
+    def get(self, pieces: Iterable[str]) -> tuple[dict[str, array[int]], list[str]]:
+        """Those of the pieces that are here, and the others, each once."""
+        known: dict[str, array[int]] = {}
+        missing: dict[str, None] = {}
         with self._lock:
-            found = self._pieces.get(piece)
-            if found is not None:
-                self._pieces.move_to_end(piece)
-            return found
+            for piece in pieces:
+                found = self._pieces.get(piece)
+                if found is None:
+                    missing[piece] = None
+                else:
+                    self._pieces.move_to_end(piece)
+                    known[piece] = found
+        return known, list(missing)
 
-    def put(self, piece: str, ids: array[int]) -> None:
-        size = _bytes(piece, ids)
+    def put(self, pieces: Mapping[str, array[int]]) -> None:
         with self._lock:
-            if size > self._limit // 8 or piece in self._pieces:
-                return
-            self._pieces[piece] = ids
-            self._size += size
+            for piece, ids in pieces.items():
+                size = _bytes(piece, ids)
+                if size > self._limit // 8 or piece in self._pieces:
+                    continue
+                self._pieces[piece] = ids
+                self._size += size
             while self._size > self._limit:
                 self._size -= _bytes(*self._pieces.popitem(last=False))
 
@@ -116,20 +127,25 @@ def _accelerated(content: bytes, reference: Encode) -> Encode | None:
         return None
     try:
         fast = fastokens.Tokenizer.from_json_str(content.decode())
-        for sample in _samples():
-            if list(fast.encode(sample).ids) != reference(sample):
+        samples = _samples()
+        for sample, ids, expected in zip(samples, _encode_fast(fast, samples), reference(samples), strict=True):
+            if ids != expected:
                 raise ValueError(f"its tokens differ for {sample!r}")
     except Exception as error:
         log.warning("not using fastokens for this tokenizer", reason=str(error))
         return None
 
-    def encode(text: str) -> list[int]:
+    def encode(texts: list[str]) -> list[list[int]]:
         try:
-            return list(fast.encode(text).ids)
+            return _encode_fast(fast, texts)
         except Exception:  # its patterns have limits on backtracking; the reference has none
-            return reference(text)
+            return reference(texts)
 
     return encode
+
+
+def _encode_fast(fast: Any, texts: list[str]) -> list[list[int]]:
+    return [list(encoding.ids) for encoding in fast.encode_batch(texts)]
 
 
 def _samples() -> list[str]:
