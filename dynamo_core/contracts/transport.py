@@ -97,6 +97,13 @@ class Endpoints:
         await self.gate.wait()
         yield Output([-1])
 
+    async def stubborn(self, payload: bytes, context: Context) -> AsyncIterator[Item]:
+        """Outputs for ever, whoever cancels."""
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.001)
+            yield Output([0])
+
     async def everything(self, payload: bytes, context: Context) -> AsyncIterator[Item]:
         yield EVERYTHING
 
@@ -313,6 +320,13 @@ class RequestPlaneContract:
             await self.within(endpoints.ended("it"), "the iterator is closed")
             assert isinstance(await self.error_of(stream), Cancelled)
             assert isinstance(await self.error_of(channel.open("count", b"1", context)), Cancelled)
+
+    async def test_t2_a_handler_that_swallows_the_cancellation_is_closed_all_the_same(self, plane: RequestPlane) -> None:
+        async with self.pair(plane) as (endpoints, _, channel):
+            stream = channel.open("stubborn", b"", Context("it"))
+            await self.first(stream)
+            stream.cancel()
+            await self.within(endpoints.ended("it"), "the iterator is closed")
 
     async def test_t2_a_cancelled_reader_loses_nothing(self, plane: RequestPlane) -> None:
         async with self.pair(plane) as (endpoints, _, channel):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import attrs
 import msgspec
 
-from dynamo_core.errors import ProtocolViolation
+from dynamo_core.errors import Disconnected, ProtocolViolation
 from dynamo_core.transport import frames
 from dynamo_core.transport.frames import Failure, Frame, Hello, Ping, Pong, Splitter
 
@@ -44,6 +45,7 @@ class Connection(asyncio.Protocol):
         self.offer = offer
         self.hello: Hello | None = None
         """What the peer can receive; `None` until it has said so."""
+        self.connected = False
         self.closed = False
         self.paused = False
         """The socket takes no more for now."""
@@ -57,7 +59,13 @@ class Connection(asyncio.Protocol):
         self._heard = True
         self._pinged: float | None = None
         self._next_tick = 0.0
+        self._sent = 0
+        self._drained = 0
+        """Of the bytes sent, those that the socket had taken at the last tick."""
+        self._busy_until = 0
+        """Bytes sent at the last tick."""
         self._timer: asyncio.TimerHandle | None = None
+        self._farewell: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport
 
     # ------------------------------------------------------------------ for subclasses
@@ -99,7 +107,11 @@ class Connection(asyncio.Protocol):
         self.seal()
         if self._out:
             out, self._out = self._out, []
-            self.transport.writelines(out)
+            self.write(out)
+
+    def write(self, out: Sequence[bytes | bytearray]) -> None:
+        self._sent += sum(map(len, out))
+        self.transport.writelines(out)
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -112,11 +124,12 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.connected = True
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER)
         name = transport.get_extra_info("peername")
         self.peer = f"{name[0]}:{name[1]}" if name else "?"
         self._timer = self._loop.call_later(self._timing.handshake, self._hello_overdue)
-        self.transport.write(frames.encode(self.offer))
+        self.write([frames.encode(self.offer)])
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
@@ -137,7 +150,7 @@ class Connection(asyncio.Protocol):
                     return
         except ProtocolViolation as e:
             self.drop(str(e))
-        except msgspec.DecodeError as e:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             self.drop(f"a frame does not decode: {e}")
 
     def _greet(self, hello: Any) -> None:
@@ -167,7 +180,7 @@ class Connection(asyncio.Protocol):
         """Send what is ready and close. A peer that does not read is cut off soon after."""
         if self.closed:
             return
-        self.post(Failure(0, ProtocolViolation.code, reason))
+        self.post(Failure(0, Disconnected.code, reason))
         self.flush()
         self._leave(reason)
 
@@ -175,9 +188,11 @@ class Connection(asyncio.Protocol):
         self._reason = reason
         self._end()
         self.transport.close()
-        self._loop.call_later(FAREWELL, self.transport.abort)
+        self._farewell = self._loop.call_later(FAREWELL, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._farewell is not None:
+            self._farewell.cancel()
         self._reason = self._reason or (str(exc) if exc else "the peer closed the connection")
         self._end()
 
@@ -202,7 +217,10 @@ class Connection(asyncio.Protocol):
         """Ping a silent peer; drop one that stays silent."""
         now = self._loop.time()
         late = now - self._next_tick > self._timing.ping_interval  # it was this process that stood still: no evidence against the peer
-        if self._heard or late:
+        waiting = self.transport.get_write_buffer_size()
+        moving = self._drained < self._busy_until and self._sent - waiting > self._drained  # it is still busy with what we sent before
+        self._drained, self._busy_until = self._sent - waiting, self._sent
+        if self._heard or late or moving:
             self._heard = False
             self._pinged = None
         elif self._pinged is None:

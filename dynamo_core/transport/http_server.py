@@ -12,11 +12,11 @@ from urllib.parse import unquote
 import h11
 
 from dynamo_core.context import Context
-from dynamo_core.errors import BodyTooLarge, WorkerOverloaded, to_wire
+from dynamo_core.errors import BodyTooLarge, Cancelled, WorkerOverloaded, to_wire
 from dynamo_core.transport import frames
 from dynamo_core.transport.contract import Handler, Item
 from dynamo_core.transport.frames import Data, End, Failure, Outputs, Ping
-from dynamo_core.transport.serving import relay
+from dynamo_core.transport.serving import ended, relay
 from dynamo_core.types import Output
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class HttpServer:
         self.ping_interval = ping_interval
         self.running = 0
         self.address = ""
+        self._closing = False
         self._connections: dict[asyncio.Task[None], HttpConnection] = {}
 
     def listening(self, listener: asyncio.Server, address: str) -> None:
@@ -43,18 +44,21 @@ class HttpServer:
         self.address = address
 
     def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._closing:
+            writer.transport.abort()
+            return
         connection = HttpConnection(self, reader, writer)
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         task.add_done_callback(lambda done: self._connections.pop(done, None))
 
     async def close(self) -> None:
+        self._closing = True
         self._listener.close()
         tasks = list(self._connections)
         for connection in self._connections.values():
             connection.abort()
-        if tasks:
-            await asyncio.wait(tasks)
+        await ended(tasks)
 
 
 class HttpConnection:
@@ -215,6 +219,8 @@ class _Response:
         self._timer = self._loop.call_later(self._interval, self._tick)
 
     def send(self, item: Item) -> Awaitable[None] | None:
+        if self.gone:
+            raise Cancelled("the caller disconnected")
         self._pending.append(item)
         if self._flush is None:
             self._flush = self._loop.call_soon(self.flush)

@@ -13,7 +13,7 @@ from dynamo_core.context import Context
 from dynamo_core.errors import Cancelled, CannotConnect, Disconnected, DynamoError, from_wire, to_wire
 from dynamo_core.transport.contract import Channel, Handler, Item, Server
 from dynamo_core.transport.mailbox import BoundedMailbox
-from dynamo_core.transport.serving import relay
+from dynamo_core.transport.serving import ended, relay
 
 _servers: dict[str, InProcessServer] = {}
 """Who serves, by address. Of the process: planes of different runtimes find each other here."""
@@ -57,8 +57,7 @@ class InProcessServer:
         _servers.pop(self.address, None)
         for channel in list(self.channels):
             channel.drop(f"{self.address} was closed")
-        if self.tasks:
-            await asyncio.wait(self.tasks)
+        await ended(self.tasks)
 
 
 class InProcessChannel:
@@ -114,6 +113,8 @@ class InProcessStream(BoundedMailbox):
         self.finish(None if error is None else _as_peer_sees(error))
 
     def _send(self, item: Item) -> Awaitable[None] | None:
+        if self._finished:
+            raise Cancelled("nobody listens any more")
         self.put(item)
         return self.wait_for_room() if self.full else None
 

@@ -43,37 +43,37 @@ class TcpPlane:
     scheme = "tcp"
 
     async def serve(self, handler: Handler, host: str) -> Server:
-        connections: set[TcpServerConnection] = set()
+        server = TcpServer(handler)
         loop = asyncio.get_running_loop()
         # One address of a name that has several: with port 0 each would get a port of its own, and only one can be advertised.
         family, _, _, _, where = (await loop.getaddrinfo(host, self.port, type=socket.SOCK_STREAM))[0]
         listener = await loop.create_server(
-            lambda: TcpServerConnection(handler, self._offer(), self._timing(), connections),
-            str(where[0]), self.port, family=family, backlog=1024, ssl=server_context(self.tls) if self.tls else None,
-            ssl_handshake_timeout=self.connect_timeout if self.tls else None)
-        port = listener.sockets[0].getsockname()[1]
-        return TcpServer(listener, f"tcp://{f'[{host}]' if ':' in host else host}:{port}", connections)
+            lambda: TcpServerConnection(server, self._offer(), self._timing()), str(where[0]), self.port, family=family, backlog=1024,
+            ssl=server_context(self.tls) if self.tls else None, ssl_handshake_timeout=self.connect_timeout if self.tls else None)
+        server.listening(listener, f"tcp://{f'[{host}]' if ':' in host else host}:{listener.sockets[0].getsockname()[1]}")
+        return server
 
     async def connect(self, address: str) -> Channel:
         url = urlsplit(address)
         if url.scheme != self.scheme or not url.hostname or not url.port:
             raise CannotConnect(f"{address}: not of the form tcp://host:port")
         loop = asyncio.get_running_loop()
-        channel: TcpChannel | None = None
+        channel = TcpChannel(address, self._offer(), self._timing())
         try:
             async with asyncio.timeout(self.connect_timeout):
-                _, channel = await loop.create_connection(
-                    lambda: TcpChannel(address, self._offer(), self._timing()), url.hostname, url.port,
-                    ssl=client_context(self.tls) if self.tls else None,
+                await loop.create_connection(
+                    lambda: channel, url.hostname, url.port, ssl=client_context(self.tls) if self.tls else None,
                     server_hostname=(self.tls.server_name or url.hostname) if self.tls else None)
                 await channel.ready
-            return channel
         except TimeoutError:
-            if channel is not None:
-                channel.hang_up("the caller gave up")
+            await channel.close()
             raise CannotConnect(f"{address}: no answer within {self.connect_timeout:g} s") from None
         except (OSError, ConfigError) as e:
             raise CannotConnect(f"{address}: {e}") from e
+        except asyncio.CancelledError:
+            await channel.close()
+            raise
+        return channel
 
     def _offer(self) -> Hello:
         return Hello(max_frame_bytes=self.max_frame_bytes, max_streams=self.max_streams, window_items=self.window_items, window_bytes=self.window_bytes)

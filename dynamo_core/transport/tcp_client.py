@@ -85,7 +85,8 @@ class TcpChannel(Connection):
             self.post(Cancel(number))
 
     async def close(self) -> None:
-        self.hang_up("the caller closed the connection")
+        if self.connected:
+            self.hang_up("the caller closed the connection")
 
     # ------------------------------------------------------------------ Connection
 
@@ -118,7 +119,7 @@ class TcpChannel(Connection):
 
     def writable(self) -> None:
         while self._parked and not self.paused:
-            self.transport.write(self._parked.pop(next(iter(self._parked))))
+            self.write([self._parked.pop(next(iter(self._parked)))])
 
     def lost(self, reason: str) -> None:
         if not self.ready.done():

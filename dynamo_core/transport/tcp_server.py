@@ -7,12 +7,12 @@ import time
 from collections.abc import Awaitable
 
 from dynamo_core.context import Context
-from dynamo_core.errors import EngineFailed, ProtocolViolation, WorkerOverloaded, to_wire
+from dynamo_core.errors import Cancelled, EngineFailed, ProtocolViolation, WorkerOverloaded, to_wire
 from dynamo_core.transport import frames
 from dynamo_core.transport.connection import Connection, Timing
 from dynamo_core.transport.contract import Handler, Item
 from dynamo_core.transport.frames import Cancel, Credit, Data, End, Failure, Hello, Open, Outputs, ToServer
-from dynamo_core.transport.serving import relay
+from dynamo_core.transport.serving import ended, relay
 from dynamo_core.types import Output
 
 BATCH_ITEMS = 1024
@@ -44,7 +44,7 @@ class ServedStream:
     def send(self, item: Item) -> Awaitable[None] | None:
         connection = self._connection
         if self.gone:
-            return None
+            raise Cancelled(self.context.cancel_reason or "nobody listens any more")
         self.credit -= 1
         if isinstance(item, Output):
             connection.add(self.id, item)
@@ -75,13 +75,12 @@ class TcpServerConnection(Connection):
     decoder = frames.to_server
     role = "caller"
 
-    def __init__(self, handler: Handler, offer: Hello, timing: Timing, connections: set[TcpServerConnection]) -> None:
+    def __init__(self, server: TcpServer, offer: Hello, timing: Timing) -> None:
         super().__init__(offer, timing)
         self.tasks: set[asyncio.Task[None]] = set()
         self.full = False
         """Handlers are not asked for more: the socket or this turn's batch has enough."""
-        self._handler = handler
-        self._connections = connections
+        self._server = server
         self._streams: dict[int, ServedStream] = {}
         self._ids: list[int] = []
         self._outputs: list[Output] = []
@@ -93,8 +92,10 @@ class TcpServerConnection(Connection):
         self._last = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._connections.add(self)
         super().connection_made(transport)
+        self._server.connections.add(self)
+        if self._server.closing:
+            self.hang_up("the worker is closing")
 
     # ------------------------------------------------------------------ out
 
@@ -159,7 +160,8 @@ class TcpServerConnection(Connection):
     def flush(self) -> None:
         super().flush()
         self._backlog = self._backlog_bytes = 0
-        self._make_room()
+        if self.full:
+            self._make_room()
 
     def writable(self) -> None:
         self._make_room()
@@ -198,28 +200,34 @@ class TcpServerConnection(Connection):
         deadline = None if frame.remaining is None else time.monotonic() + frame.remaining
         context = Context(frame.request, deadline=deadline, priority=frame.priority, session=frame.session, tenant=frame.tenant, traceparent=frame.traceparent)
         stream = self._streams[frame.stream] = ServedStream(self, frame.stream, context, self.hello)
-        stream.task = task = self._loop.create_task(stream.run(self._handler, frame.endpoint, frame.payload), name=f"stream {frame.request}")
+        stream.task = task = self._loop.create_task(stream.run(self._server.handler, frame.endpoint, frame.payload), name=f"stream {frame.request}")
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     def lost(self, reason: str) -> None:
-        self._connections.discard(self)
+        self._server.connections.discard(self)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.stop("the caller disconnected")
 
 
 class TcpServer:
-    def __init__(self, listener: asyncio.Server, address: str, connections: set[TcpServerConnection]) -> None:
-        self.address = address
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.connections: set[TcpServerConnection] = set()
+        self.closing = False
+        self.address = ""
+        self._listener: asyncio.Server | None = None
+
+    def listening(self, listener: asyncio.Server, address: str) -> None:
         self._listener = listener
-        self._connections = connections
+        self.address = address
 
     async def close(self) -> None:
-        self._listener.close()
-        connections = list(self._connections)
-        tasks = [task for connection in connections for task in connection.tasks]
-        for connection in connections:
+        self.closing = True
+        if self._listener is not None:
+            self._listener.close()
+        tasks = [task for connection in self.connections for task in connection.tasks]
+        for connection in list(self.connections):
             connection.hang_up("the worker closed the connection")
-        if tasks:
-            await asyncio.wait(tasks)
+        await ended(tasks)

@@ -316,7 +316,7 @@ async def test_the_kit_rejects_a_plane_that(fault: type[Faulty]) -> None:
 
 async def test_the_kit_rejects_a_plane_that_drops_everybody_for_one_bad_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     def drop(self: TcpServerConnection, reason: str) -> None:
-        for connection in list(self._connections):
+        for connection in list(self._server.connections):
             connection.hang_up(reason)
 
     monkeypatch.setattr(TcpServerConnection, "drop", drop)

@@ -106,6 +106,7 @@ BAD: dict[str, tuple[list[frames.Frame | bytes], str]] = {
     "hello-twice": ([Hello(), Hello()], "hello twice"),
     "not-msgpack": ([Hello(), b"\0\0\0\x04\xc1\xc1\xc1\xc1"], "does not decode"),
     "unknown-kind": ([Hello(), (2).to_bytes(4, "big") + msgspec.msgpack.encode([77])], "does not decode"),
+    "not-utf8": ([Hello(), bytes(frames.encode(Open(1, "xyz", b"", "a"))).replace(b"xyz", b"\xff\xfe\xfd")], "does not decode"),
     "wrong-direction": ([Hello(), Outputs([1], [Output([1])])], "does not decode"),
     "oversize": ([Hello(), (2**31).to_bytes(4, "big")], "over the limit of"),
     "stream-again": ([Hello(), Open(5, "hang", b"", "a"), Open(5, "hang", b"", "b")], "opened stream 5 after stream 5"),
@@ -258,3 +259,36 @@ async def test_late_frames_of_a_cancelled_stream_are_dropped() -> None:
         channel.data_received(late[len(frames.encode(Hello())):])  # type: ignore[attr-defined]
         assert not channel.closed
         await channel.close()
+
+
+async def test_opens_wait_while_the_worker_does_not_read_and_a_cancelled_one_is_never_sent() -> None:
+    reading = asyncio.Event()
+    seen: list[str] = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frames.encode(Hello()))
+        await reading.wait()
+        splitter = Splitter(1 << 26)
+        while data := await reader.read(1 << 20):
+            for body in splitter.feed(data):
+                frame = frames.to_server.decode(body)
+                if isinstance(frame, Open):
+                    assert frame.payload == bytes(8 << 20)
+                    seen.append(frame.request)
+                    writer.write(frames.encode(End(frame.stream)))
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    channel = await TcpPlane().connect(f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    streams = []
+    for i in range(6):
+        streams.append(channel.open("x", bytes(8 << 20), Context(str(i))))
+        await asyncio.sleep(0.02)
+    streams[3].cancel()
+    reading.set()
+    async with asyncio.timeout(GUARD):
+        for i in (0, 1, 2, 4, 5):
+            assert await streams[i].read() == ()
+    assert sorted(seen) == ["0", "1", "2", "4", "5"]
+    await channel.close()
+    server.close()
