@@ -294,9 +294,9 @@ class DiscoveryContract:
             if outage is None:
                 return
             async with outage:
-                for call in (here.put("k/2", b""), here.get("k/1"), here.items("k/"), here.delete("k/1"), here.lease()):
+                for call in (lambda: here.put("k/2", b""), lambda: here.get("k/1"), lambda: here.items("k/"), lambda: here.delete("k/1"), here.lease):
                     with pytest.raises(StoreUnavailable):
-                        await asyncio.wait_for(call, self.patience)
+                        await asyncio.wait_for(call(), self.patience)
                 assert here.problem()
                 waiting = asyncio.ensure_future(anext(changes))
                 done, _ = await asyncio.wait([waiting], timeout=1.0)
