@@ -85,7 +85,9 @@ class EchoEngine:
                 pause.set_exception(EngineDead("the echo engine was stopped"))
 
     async def _pause(self) -> None:
-        """Wait `delay`; `stop` cuts it short."""
+        """Wait `delay`. :raises EngineDead: the engine was stopped, now or while nobody read."""
+        if self._card is None:
+            raise EngineDead("the echo engine was stopped")
         loop = asyncio.get_running_loop()
         pause: asyncio.Future[None] = loop.create_future()
         timer = loop.call_later(self.delay, _wake, pause) if self.delay else loop.call_soon(_wake, pause)

@@ -508,3 +508,10 @@ def test_the_honest_engine_keeps_every_guarantee() -> None:
 def test_a_planted_fault_is_found_under_its_number(engine: type[Honest]) -> None:
     assert engine.__doc__
     assert broken_guarantees(HastyKit(), engine, only=engine.__doc__.lower() + "_")
+
+
+async def test_a_start_that_is_silent_for_too_long_is_found() -> None:
+    running = await start(Honest())
+    running.progress = [0.0, 9.0, 21.0]
+    with pytest.raises(AssertionError, match="silent for 12 s"):
+        await Kit().test_g1_progress_is_reported_at_least_every_ten_seconds(running)

@@ -84,6 +84,16 @@ async def test_stop_cuts_a_long_delay_short() -> None:
         await asyncio.wait_for(reading, 10)
 
 
+async def test_a_stream_that_nobody_reads_while_the_engine_stops_ends_when_it_is_read_again() -> None:
+    engine = EchoEngine()
+    await engine.start(EngineContext())
+    stream = engine.generate(Request(id="1", model="echo", token_ids=[1, 2, 3]), Context("1"))
+    await anext(stream)
+    await engine.stop()
+    with pytest.raises(EngineDead):
+        await anext(stream)
+
+
 async def test_what_it_does_not_promise_is_refused_by_name(engine: EchoEngine) -> None:
     request = Request(id="1", model="echo", token_ids=[1], sampling=Sampling(n=2))
     with pytest.raises(RequestError, match="does not support n"):
