@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, ClassVar
 
 import pytest
@@ -310,6 +310,21 @@ class DiscoveryContract:
                 apply(change, model)
                 change = await self.next(changes) if model.get("k/2") is None else change
             assert here.problem() is None
+
+    async def test_d9_a_watch_that_begins_in_an_outage_sees_the_present_when_it_ends(self, connect: Connect) -> None:
+        outage = self.outage()
+        if outage is None:
+            return
+        async with connect() as here:
+            await here.put("k/1", b"")
+            async with AsyncExitStack() as stack:
+                async with outage:
+                    changes = await stack.enter_async_context(here.watch("k/"))
+                    waiting = asyncio.ensure_future(anext(changes))
+                    done, _ = await asyncio.wait([waiting], timeout=0.5)
+                    assert not done, f"a watcher was told {waiting.result()} during an outage"
+                assert await asyncio.wait_for(waiting, self.patience) == Put("k/1", b"")
+                assert await self.next(changes) == Synced()
 
     # ------------------------------------------------------------------ reading a watch
 
