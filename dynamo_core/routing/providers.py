@@ -50,8 +50,10 @@ class Rows(Generic[S]):
         self._rows: list[S] = []
 
     def join(self, worker: Worker) -> S:
-        self._workers = None
-        state = self._of[worker] = self._new()
+        """The state of a worker that joins, or that joins again with another card."""
+        if (state := self._of.get(worker)) is None:
+            self._workers = None
+            state = self._of[worker] = self._new()
         return state
 
     def leave(self, worker: Worker) -> None:

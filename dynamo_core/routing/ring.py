@@ -20,6 +20,8 @@ class Ring:
         self._by_id: dict[str, Decision] = {}
         self._by_request: dict[str, Decision] = {}
         self._held = 0
+        self._last: set[int] = set()
+        """Identities of the columns of the newest record, which are alive as long as it is."""
 
     def __len__(self) -> int:
         return len(self._order)
@@ -49,8 +51,7 @@ class Ring:
 
     def _cost(self, decision: Decision) -> int:
         """Values that this record adds: a column that it shares with the one before costs nothing."""
-        rows, fresh = len(decision.workers), len(decision.columns)
-        if self._order:
-            before = {id(column) for column in self._order[-1][0].columns.values()}
-            fresh -= sum(id(column) in before for column in decision.columns.values())
+        columns = set(map(id, decision.columns.values()))
+        rows, fresh = len(decision.workers), len(columns - self._last)
+        self._last = columns
         return rows * fresh + len(decision.totals) * (len(decision.scores) + 1) + len(decision.rejected) * 4

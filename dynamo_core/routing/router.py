@@ -7,6 +7,7 @@ need its facts; requests go on.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -185,10 +186,32 @@ class Router:
         member = self._members.get(worker)
         return str(worker) if member is None else member.label
 
+    def status(self) -> list[dict[str, Any]]:
+        """Every worker with its health and all facts that this router knows of it, as plain data for people and programs."""
+        now = self._clock()
+        columns = self._columns(RoutingRequest("", self.model, role=self.role))
+        return [
+            {
+                "worker": list(worker),
+                "label": m.label,
+                "proven": m.proven,
+                "draining": m.draining,
+                "inhibited": max(0.0, m.inhibited_until - now),
+                "facts": {fact.name: _shown(column[row]) for fact, column in columns.items()},
+            }
+            for row, (worker, m) in enumerate((worker, self._members[worker]) for worker in self._workers)
+        ]
+
     def joined(self, worker: Worker, instance: Instance, card: ModelCard) -> None:
-        """A worker is there. It gets requests once it is `proven`. One call for each data-parallel rank."""
+        """A worker is there. It gets requests once it is `proven`. One call for each data-parallel rank.
+
+        Joining again brings another card; health and bookings stay.
+        """
         label = instance.label + (f"/{worker.dp_rank}" if card.dp_size > 1 or worker.dp_rank else "")
-        self._members[worker] = _Member(instance, card, label)
+        if (member := self._members.get(worker)) is None:
+            self._members[worker] = _Member(instance, card, label)
+        else:
+            member.instance, member.card, member.label = instance, card, label
         self._renumber()
         self._tell(self._follow_fleet, lambda p: p.joined(worker, instance, card))
         self._say_health(worker)
@@ -270,6 +293,11 @@ class Router:
 
     # -------------------------------------------------------------- the stack
 
+    @property
+    def providers(self) -> Sequence[Part]:
+        """The providers of facts at work; a reload may change them."""
+        return self._providers
+
     def swap(self, stack: Stack) -> None:
         """Decide by `stack` from now on. Providers that it has in common with the present one keep their state; new ones are told of the present."""
         kept = {(part.use, str(options_of(part.component))): part for part in self._providers}
@@ -292,7 +320,7 @@ class Router:
     def _introduce(self, part: Part) -> None:
         provider = part.component
         if hasattr(provider, "clock"):
-            provider.clock = self._clock
+            self._safely(part, setattr, provider, "clock", self._clock)
         for worker, m in self._members.items():
             if isinstance(provider, FollowsFleet):
                 self._safely(part, provider.joined, worker, m.instance, m.card)
@@ -321,6 +349,12 @@ class Router:
 
 def _those(parts: Sequence[Part], capability: type) -> tuple[Part, ...]:
     return tuple(part for part in parts if isinstance(part.component, capability))
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str) else str(value)
 
 
 def _sealed(fact: Fact[Any], column: Any, rows: int) -> Sequence[Any]:

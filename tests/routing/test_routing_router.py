@@ -252,6 +252,26 @@ def test_bookings_follow_a_request_from_prompt_to_end():
     assert booked(router) == (0, 0, 0)
 
 
+def test_joining_again_brings_another_card_and_keeps_health_and_bookings():
+    router = fleet_of(1)
+    router.booked(request(), Worker(1), 0)
+    join(router, Worker(1), ModelCard(name="m", max_sequences=77, block_size=16), proven=False)
+    decision = router.route(request())
+    assert decision.columns[facts.MAX_SEQUENCES] == (77,)
+    assert booked(router) == (1, 100, 7)
+    router.finished("r0", Worker(1), "done")
+    assert booked(router) == (0, 0, 0)
+
+
+def test_the_status_shows_health_and_facts_of_every_worker():
+    router = fleet_of(2)
+    router.booked(request(), Worker(2), 0)
+    router.draining(Worker(1))
+    first, second = router.status()
+    assert (first["label"], first["draining"], second["draining"]) == ("backend-000001", True, False)
+    assert second["facts"]["bookings.in_flight"] == 1
+
+
 def test_news_of_requests_that_nobody_booked_is_ignored():
     router = fleet_of(1)
     router.first_token("ghost", Worker(1), 1)
