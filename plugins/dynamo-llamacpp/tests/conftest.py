@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,18 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 TEXT = """The quick brown fox jumps over the lazy dog. It's 12345 o'clock, we'll see; they've said DON'T!
 def tokenize(text: str) -> list[int]:\n    for i in range(10):\n        if text[i] == "\\n":\n            return []\n\n\treturn [0x1F, 3.14e-5]
-Größe, façade, naïve, Ærøskøbing; Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया. こんにちは世界、カタカナ。你好，世界！안녕하세요.
+Größe, façade, naïve, Ærøskøbing; Привет, мир! Γειά σου Κόσμε.
+שלום עולם. مرحبا بالعالم. नमस्ते दुनिया.
+
+こんにちは世界、カタカナ。你好，世界！안녕하세요.
 😀🎉🚀 👩‍👩‍👧‍👦 🇩🇪 é (e + combining) ½ ² ³ Ⅷ ①  \u00a0 \u2003 \u200b ﬁ
 {"json": [1, 2, 3], "nested": {"a": null, "b": true}}  <html><body class='x'>&amp;</body></html>
 """
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def write_gguf(path: Path, metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
@@ -62,8 +69,6 @@ def vocabulary(pattern: str = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+", size:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
     return tokens, [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
@@ -74,11 +79,14 @@ def tiny_llama(path: Path, *, pre: str = "smollm", context: int = 2048, add_bos:
     tokens, merges = vocabulary()
     width, heads, kv_heads, inner, layers = 64, 4, 2, 128, 2
     metadata: dict[str, Any] = {
-        "general.architecture": "llama", "general.name": "tiny", "llama.context_length": context, "llama.embedding_length": width, "llama.block_count": layers,
+        "general.architecture": "llama", "general.name": "tiny", "llama.context_length": context,
+        "llama.embedding_length": width, "llama.block_count": layers,
         "llama.feed_forward_length": inner, "llama.attention.head_count": heads, "llama.attention.head_count_kv": kv_heads,
         "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.dimension_count": width // heads, "llama.vocab_size": len(tokens),
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)), "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": add_bos, "tokenizer.chat_template": CHAT,
     } | more  # fmt: skip
     dice = np.random.default_rng(7)
@@ -92,7 +100,8 @@ def tiny_llama(path: Path, *, pre: str = "smollm", context: int = 2048, add_bos:
             f"blk.{i}.attn_norm.weight": np.ones(width), f"blk.{i}.ffn_norm.weight": np.ones(width),
             f"blk.{i}.attn_q.weight": weights(width, width), f"blk.{i}.attn_k.weight": weights(width // heads * kv_heads, width),
             f"blk.{i}.attn_v.weight": weights(width // heads * kv_heads, width), f"blk.{i}.attn_output.weight": weights(width, width),
-            f"blk.{i}.ffn_gate.weight": weights(inner, width), f"blk.{i}.ffn_up.weight": weights(inner, width), f"blk.{i}.ffn_down.weight": weights(width, inner),
+            f"blk.{i}.ffn_gate.weight": weights(inner, width), f"blk.{i}.ffn_up.weight": weights(inner, width),
+            f"blk.{i}.ffn_down.weight": weights(width, inner),
         }  # fmt: skip
     return write_gguf(path, metadata, tensors)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
 from dynamo_core.contracts.engine import EngineContract
 from dynamo_core.engines import Engine
 from dynamo_llamacpp.engine import LlamaCppEngine

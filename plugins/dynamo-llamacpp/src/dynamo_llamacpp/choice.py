@@ -99,7 +99,7 @@ class Choice:
                     if step.cached is not None:
                         self._progress(step)
                     elif self.model.forbidden in step.tokens:
-                        raise RequestError("llama.cpp cannot enforce this constraint: it is malformed, or uses what llama.cpp does not support", param="guided")
+                        raise RequestError("llama.cpp cannot enforce this constraint: it is malformed, or beyond what llama.cpp supports", param="guided")
         finally:
             await run.close()
 
@@ -123,7 +123,11 @@ class Choice:
     def _run_body(self) -> dict[str, Any]:
         made, stops = self.made, self.request.stops
         early = made < stops.min_tokens
-        banned = [*self.model.ends, *stops.stop_token_ids] if early else [t for t in self.model.ends if t not in stops.stop_token_ids] if stops.ignore_eos else []
+        banned: list[int] = []
+        if early:
+            banned = [*self.model.ends, *stops.stop_token_ids]
+        elif stops.ignore_eos:
+            banned = [token for token in self.model.ends if token not in stops.stop_token_ids]
         body = {**self.body, "prompt": self.tokens, "n_predict": min(stops.min_tokens, self.limit) - made if early else self.limit - made,
                 "logit_bias": sampling.logit_bias(self.request, banned)}  # fmt: skip
         if (seed := sampling.seed_of(self.request, self.index, self.request.resumed + made)) is not None:

