@@ -106,6 +106,30 @@ class @Class@:
         return good[dice.below(len(good))]
 '''
 
+# The larger kinds begin as a built-in one and replace its methods one by one, so that the contract holds from the first day on.
+
+_SUBCLASS = '''\
+"""@Summary@."""
+
+from __future__ import annotations
+
+import attrs
+
+from {module} import {base}
+
+
+@attrs.define(eq=False)
+class @Class@({base}):
+    """@Summary@.
+
+    It begins as the built-in {base}: replace its methods one by one (`{contract}` says what each must do), and remove the
+    base class when none is left. Its fields are its options in the configuration.
+    """
+
+    note: str = ""
+    """An option that does nothing yet."""
+'''
+
 
 def _fixture(kind: str) -> str:
     return f"""\
@@ -114,6 +138,36 @@ def _fixture(kind: str) -> str:
         return @Class@()
 """
 
+
+_ENGINE_FIXTURES = """\
+    @pytest.fixture
+    def engine_factory(self) -> type[@Class@]:
+        return @Class@
+
+    @pytest.fixture
+    def prompt(self) -> list[int]:
+        return list(b"once upon a time")
+"""
+
+_DISCOVERY_FIXTURE = """\
+    @pytest.fixture
+    def connect(self) -> type[@Class@]:
+        return @Class@
+"""
+
+_EVENTS_FIXTURE = """\
+    @pytest.fixture
+    def make(self) -> Callable[[], @Class@]:
+        return lambda: @Class@(receive_queue=self.backlog)
+"""
+
+_REQUESTS_FIXTURE = """\
+    listens = False  # until it has an address of its own
+
+    @pytest.fixture
+    async def plane(self) -> @Class@:
+        return @Class@()
+"""
 
 _FILLED = """\
 # A stack that uses it: dynamo up stack.toml
@@ -125,6 +179,8 @@ _FILLED = """\
 count = 2
 engine = "echo"
 """
+
+_NOTE = '`note` | `""` | Nothing yet.'
 
 SCAFFOLDS: Mapping[str, Scaffold] = {
     "scorer": Scaffold(
@@ -142,6 +198,27 @@ SCAFFOLDS: Mapping[str, Scaffold] = {
         stack=_FILLED.format(line='scorers = ["load"]\npicker = { use = "@name@", margin = 0.0 }'),
         option="`margin` | `0.0` | Totals that are less than this below the best count as best.",
     ),
+    "engine": Scaffold(
+        module="engine", summary="Generates tokens", contract="EngineContract", fixture=_ENGINE_FIXTURES,
+        code=_SUBCLASS.format(module="dynamo_core.engines.echo", base="EchoEngine", contract="dynamo_core.engines.contract"),
+        stack='[[workers]]\nengine = { use = "@name@", note = "" }\n', option=_NOTE,
+    ),
+    "discovery": Scaffold(
+        module="store", summary="Keeps the records of a fleet", contract="DiscoveryContract", fixture=_DISCOVERY_FIXTURE,
+        code=_SUBCLASS.format(module="dynamo_core.discovery.memory", base="MemoryDiscovery", contract="dynamo_core.discovery.contract"),
+        stack='[discovery]\nuse = "@name@"\nnote = ""\n', option=_NOTE,
+    ),
+    "event_plane": Scaffold(
+        module="plane", summary="Carries events from publishers to subscribers", contract="EventPlaneContract", fixture=_EVENTS_FIXTURE,
+        code=_SUBCLASS.format(module="dynamo_core.events.inprocess", base="InProcessEvents", contract="dynamo_core.events.contract"),
+        stack='[event_plane]\nuse = "@name@"\nnote = ""\n', option=_NOTE,
+    ),
+    "request_plane": Scaffold(
+        module="plane", summary="Carries requests to workers", contract="RequestPlaneContract", fixture=_REQUESTS_FIXTURE,
+        code=_SUBCLASS.format(module="dynamo_core.transport.inprocess", base="InProcessPlane", contract="dynamo_core.transport.contract")
+        .replace("attrs.define(eq=False)", "attrs.frozen"),
+        stack='[request_plane]\nuse = "@name@"\nnote = ""\n', option=_NOTE,
+    ),
 }
 
 _PYPROJECT = """\
@@ -152,7 +229,7 @@ build-backend = "hatchling.build"
 [project]
 name = "@distribution@"
 version = "0.1.0"
-description = "@Summary@ (a @kind@ for dynamo)."
+description = "@Summary@ (@article@ @spoken@ for dynamo)."
 readme = "README.md"
 requires-python = ">=3.11"
 dependencies = ["attrs>=25.3", "dynamo-core>=@core@,<1"]
@@ -168,11 +245,13 @@ packages = ["src/@package@"]
 
 [tool.pytest.ini_options]
 addopts = "--import-mode=importlib"
+asyncio_mode = "auto"
+asyncio_default_fixture_loop_scope = "function"
 testpaths = ["tests"]
 """
 
 _INIT = '''\
-"""@Summary@: a @kind@ for dynamo. This module only announces it; the implementation is imported when a stack selects it."""
+"""@Summary@: @article@ @spoken@ for dynamo. This module only announces it; the implementation is imported when a stack selects it."""
 
 from __future__ import annotations
 
@@ -192,7 +271,7 @@ def dynamo_register(registry: Registry) -> None:
 _README = """\
 # @distribution@
 
-@Summary@: a @kind@ for [dynamo](https://pypi.org/project/dynamo-core/).
+@Summary@: @article@ @spoken@ for dynamo.
 
     pip install @distribution@
 
@@ -215,11 +294,11 @@ Select it in the configuration of a stack (`stack.toml` is a whole one):
 """
 
 _TEST = '''\
-"""The @kind@ keeps the contract that every @kind@ keeps."""
+"""The @spoken@ keeps the contract that every @spoken@ keeps."""
 
 from __future__ import annotations
 
-import pytest
+@imports@import pytest
 from dynamo_core.contracts import @contract@
 
 from @package@.@module@ import @Class@
@@ -237,6 +316,8 @@ def project(kind: str, name: str) -> dict[str, str]:
     distribution = f"dynamo-{name}"
     words = {
         "kind": kind,
+        "spoken": kind.replace("_", " "),
+        "article": "an" if kind[0] in "aeiou" else "a",
         "name": name,
         "distribution": distribution,
         "package": distribution.replace("-", "_"),
@@ -258,7 +339,8 @@ def project(kind: str, name: str) -> dict[str, str]:
         f"src/{words['package']}/py.typed": "",
         "tests/test_contract.py": _TEST,
     }
-    blocks = {"stack": scaffold.stack, "fixture": scaffold.fixture}
+    imports = "from collections.abc import Callable\n\n" if "Callable[" in scaffold.fixture else ""
+    blocks = {"stack": scaffold.stack, "fixture": scaffold.fixture, "imports": imports}
     return {path: _fill(_fill(content, blocks), words) for path, content in files.items()}
 
 
