@@ -270,10 +270,13 @@ class EngineContract:
     async def test_g8_stop_ends_every_stream(self, engine_factory: Callable[[], Engine], prompt: Sequence[int]) -> None:
         async with asyncio.timeout(self.patience):
             running = await start(engine_factory())
+            unread = running.engine.generate(self._long(running, prompt), Context("contract"))
+            await anext(unread)
             flowing = asyncio.Event()
             reading = [asyncio.create_task(_drain(running.engine.generate(self._long(running, p), Context("contract")), flowing)) for p in self.prompts(prompt)]
             await flowing.wait()
             await running.engine.stop()
+            reading.append(asyncio.create_task(_drain(unread, flowing)))
             for end in await asyncio.gather(*reading, return_exceptions=True):
                 assert isinstance(end, (EngineDead, Output)), f"a stream ended with {end!r}"
                 assert isinstance(end, EngineDead) or end.finish_reason is not None, "a stream ended without a finish reason"

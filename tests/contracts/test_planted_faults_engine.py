@@ -327,6 +327,16 @@ class LeavesStreamsHangingOnStop(Honest):
             yield output
 
 
+class ForgetsUnreadStreamsOnStop(Honest):
+    """G8"""
+
+    async def answer(self, request: Request, context: Context) -> AsyncIterator[Output]:
+        async for output in super().answer(request, context):
+            yield output
+            if self._card is None:
+                await asyncio.Event().wait()
+
+
 class EndsStreamsSilentlyOnStop(Honest):
     """G8"""
 

@@ -74,6 +74,13 @@ def test_a_model_directory_gives_its_own_tokenizer_template_and_end(tmp_path: Pa
     assert set(BUILT_IN.answers) <= set(found.answers)
 
 
+def test_of_several_templates_the_default_is_taken_and_a_file_comes_first(tmp_path: Path) -> None:
+    path = model_directory(tmp_path, chat_template=[{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}])
+    assert vocabulary.of_model(path).chat_template == "b"
+    (path / "chat_template.jinja").write_text("c")
+    assert vocabulary.of_model(path).chat_template == "c"
+
+
 def test_the_generation_config_has_the_last_word_on_the_end(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     assert vocabulary.of_model(model_directory(tmp_path)).eos_token_ids == (7, 8)

@@ -103,7 +103,7 @@ class SimEngine:
     async def start(self, context: EngineContext) -> ModelCard:
         self._context = context
         await self._start_up()
-        self._vocabulary = words = vocabulary.of_model(self.model_path) if self.model_path else vocabulary.built_in()
+        self._vocabulary = words = await asyncio.to_thread(vocabulary.of_model, self.model_path) if self.model_path else vocabulary.built_in()
         limits = Limits(**{field.name: getattr(self, field.name) for field in attrs.fields(Limits)})
         self._scheduler = Scheduler(limits, self._timing(), words.answers)
         self._card = card = ModelCard(

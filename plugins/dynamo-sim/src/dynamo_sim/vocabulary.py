@@ -77,9 +77,18 @@ def of_model(path: Path) -> Vocabulary:
     if not answers or not all(isinstance(number, int) for number in eos_ids):
         missing = "words in the vocabulary" if not answers else "end-of-sequence token"
         raise ConfigError(Problem(f"{path}: no {missing} found", remedy="leave out model_path to use the built-in vocabulary"))
-    template = (path / "chat_template.jinja").read_text() if (path / "chat_template.jinja").exists() else settings.get("chat_template")
     size = max(config.get("vocab_size") or 0, max(by_text.values()) + 1)
-    return Vocabulary(raw, size, tuple(answers), eos_ids, template if isinstance(template, str) else None, special, bool(settings.get("add_bos_token")))
+    return Vocabulary(raw, size, tuple(answers), eos_ids, _template(path, settings), special, bool(settings.get("add_bos_token")))
+
+
+def _template(path: Path, settings: dict[str, Any]) -> str | None:
+    """From a file of its own, or from the settings: one template, or several of which one is the default."""
+    if (path / "chat_template.jinja").exists():
+        return (path / "chat_template.jinja").read_text()
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        return next((each["template"] for each in template if each["name"] == "default"), None)
+    return template
 
 
 def _ids(vocab: dict[str, int] | list[list[Any]]) -> dict[str, int]:
