@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dynamo_core.contracts.events import EventPlaneContract
     from dynamo_core.contracts.filter import FilterContract
     from dynamo_core.contracts.picker import PickerContract
+    from dynamo_core.contracts.preprocessor import PreprocessorContract
     from dynamo_core.contracts.scorer import ScorerContract
     from dynamo_core.contracts.transport import RequestPlaneContract
 
@@ -36,6 +37,7 @@ _MODULES = {
     "EventPlaneContract": "events",
     "FilterContract": "filter",
     "PickerContract": "picker",
+    "PreprocessorContract": "preprocessor",
     "RequestPlaneContract": "transport",
     "ScorerContract": "scorer",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "EventPlaneContract",
     "FilterContract",
     "PickerContract",
+    "PreprocessorContract",
     "RequestPlaneContract",
     "ScorerContract",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def ids_of(preprocessor: TextPreprocessor, text: str) -> list[int]:
 
 def outputs(ids: list[int], cuts: list[int], **last) -> list[Output]:
     bounds = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    found = [Output(ids[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    found = [Output(ids[start:end]) for start, end in pairwise(bounds)]
     for name, value in last.items():
         setattr(found[-1], name, value)
     return found

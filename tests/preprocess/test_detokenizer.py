@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -55,7 +57,7 @@ def case(tokenizer_json: bytes) -> Case:
 def pieces(case: Case, ids: list[int], cuts: list[int], skip: bool = True, **options) -> list[str]:
     stream = detokenizer(case.vocabulary, skip_special_tokens=skip, **options)
     bounds = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    return [*(stream.push(ids[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)), stream.flush()]
+    return [*(stream.push(ids[start:end]) for start, end in pairwise(bounds)), stream.flush()]
 
 
 @settings(max_examples=150, deadline=None)

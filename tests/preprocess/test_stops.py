@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ def run(chunks: list[str], stops: list[str], include: bool = False) -> tuple[lis
 
 def cut(text: str, at: list[int]) -> list[str]:
     bounds = [0, *sorted(n % (len(text) + 1) for n in at), len(text)]
-    return [text[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(bounds)]
 
 
 @settings(max_examples=500)

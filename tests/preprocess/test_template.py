@@ -64,7 +64,7 @@ def test_p1_threads_do_not_disturb_each_other() -> None:
     ],
 )
 def test_p1_a_template_that_never_ends_or_grows_without_end_is_stopped(source: str) -> None:
-    with pytest.raises(RequestError, match="too long|too large|without end|Range too big"):
+    with pytest.raises(RequestError, match=r"too long|too large|without end|Range too big"):
         ChatTemplate(source).render(USER)
 
 

@@ -102,7 +102,9 @@ CONVERSATIONS = {
         {"role": "user", "content": "thanks"},
     ],
     "reasoning": [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning": "hmm", "content": "a"}, {"role": "user", "content": "r"}],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "two"}]}],
+    "parts": [
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "two"}]}
+    ],
     "five": [{"role": "user", "content": str(n)} for n in range(5)],
 }  # fmt: skip
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
