@@ -168,6 +168,7 @@ async def _watch(receive: Receive, exchange: Exchange, context: Context, limit: 
         pass
     if exchange.finished:
         return  # servers report the end of a complete answer in the same way
+    exchange.left = True
     context.cancel("client disconnected")
     if not limit.expired():
         limit.reschedule(asyncio.get_running_loop().time() - 1)
@@ -189,6 +190,8 @@ async def _fail(exchange: Exchange, error: Exception, receive: Receive, send: Se
             "request failed unexpectedly", exc_info=error, extra={"request_id": exchange.request_id, "endpoint": exchange.endpoint, "model": exchange.model}
         )
     _note(exchange, failure)
+    if exchange.left:
+        return
     try:
         if exchange.responding:
             async with asyncio.timeout(_LAST_WORDS):

@@ -38,6 +38,7 @@ class Exchange:
         "headers",
         "instance",
         "last_token",
+        "left",
         "model",
         "priority",
         "request_id",
@@ -73,6 +74,8 @@ class Exchange:
         """The status line is out."""
         self.finished = False
         """The whole answer was handed to the HTTP server."""
+        self.left = False
+        """The client is gone: there is nobody to tell how it ended."""
         self.model = ""
         """Empty until the model is known to exist: metrics labels are bounded."""
         self.stream = False

@@ -51,6 +51,8 @@ class Failure:
 
     @property
     def headers(self) -> list[Header]:
+        if self.status == 401:
+            return [(b"www-authenticate", b"Bearer")]
         if self.retry_after is None:
             return []
         return [(b"retry-after", b"%d" % max(1, round(self.retry_after)))]

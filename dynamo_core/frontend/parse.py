@@ -51,10 +51,12 @@ def check_nesting(value: Any, param: str) -> None:
 def _explain(cls: Any, body: bytes | bytearray, error: msgspec.ValidationError) -> RequestError:
     try:
         raw = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return RequestError("the body is not valid JSON")
+    except RecursionError:
+        return RequestError(f"the body is nested more deeply than {_MAX_NESTING} levels")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raw = {}  # what follows the mistake that was found is broken, too; tell the first
     if not isinstance(raw, dict):
-        return RequestError("the body must be a JSON object")
+        return RequestError(f"the body must be a JSON object: {_lower(str(error))}")
     if unknown := list(_unknown(cls, raw, "")):
         listed = ", ".join(f"`{path}`" + (f" (did you mean `{close}`?)" if close else "") for path, close in unknown[:20])
         more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""

@@ -75,6 +75,7 @@ class FakeGeneration:
                 continue
             deltas = [step] if isinstance(step, Delta) else list(step)
             self.reads += 1
+            await asyncio.sleep(0)  # as in life: the loop gets its turn between two steps of an engine
             self.usage.completion_tokens += sum(len(d.token_ids) for d in deltas)
             return deltas
         self.ended = True

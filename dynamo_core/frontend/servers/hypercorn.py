@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import attrs
 from attrs import validators as v
-from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from starlette.types import ASGIApp
 
@@ -18,11 +20,16 @@ from dynamo_core.config.schema import Tls
 from dynamo_core.frontend.servers.sockets import BACKLOG, listening
 from dynamo_core.frontend.servers.tracked import Tracked
 
-_log = logging.getLogger("dynamo.http.hypercorn")
-_log.setLevel(logging.WARNING)  # it would announce its address, by descriptor; the caller does it better
+_LAST_BYTES = 2.0
+"""Seconds in which a connection must have flushed and closed once its requests have ended or were cut."""
 
-_BACKSTOP = 5.0
-"""Seconds after the drain timeout at which hypercorn cancels its connections; requests were cut by then."""
+
+class _Connection(TCPServer):
+    """A connection that is gone when its client is: hypercorn's own keeps it until the keep-alive timeout."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
 
 
 @attrs.frozen
@@ -48,32 +55,44 @@ class HypercornServer:
         reuse_port: bool = False,
     ) -> None:
         """See `servers.contract.HttpServer`."""
-        config = self._config(tls, drain_timeout)
-        tracked = Tracked(app)
-        draining: list[asyncio.Task[None]] = []
+        config = self._config(tls)
         sock = listening(host, port, reuse_port=reuse_port)
+        loop = asyncio.get_running_loop()
+        tracked = Tracked(app)
+        wrapped = ASGIWrapper(cast(Any, tracked))
+        context = WorkerContext(None)
+        connections: set[asyncio.Task[Any]] = set()
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            connections.add(task)
+            try:
+                await _Connection(wrapped, loop, config, context, {}, reader, writer)
+            finally:
+                connections.discard(task)
+
         actual: int = sock.getsockname()[1]
-        config.bind = [f"fd://{sock.detach()}"]
-
-        async def stopping() -> None:
-            on_listening(actual)  # hypercorn awaits this trigger right after it has started to accept
+        handshake = config.ssl_handshake_timeout if tls else None
+        server = await asyncio.start_server(connected, sock=sock, backlog=BACKLOG, ssl=config.create_ssl_context(), ssl_handshake_timeout=handshake)
+        try:
+            on_listening(actual)
             await stop.wait()
-            draining.append(asyncio.ensure_future(tracked.drain(drain_timeout)))
+        finally:
+            server.close()
+            await context.terminated.set()  # idle connections close now, the others after their answer
+            await tracked.drain(drain_timeout)
+            await _close(connections)
 
-        await hypercorn_serve(cast(Any, tracked), config, shutdown_trigger=stopping, mode="asgi")
-        await asyncio.gather(*draining)
-
-    def _config(self, tls: Tls | None, drain_timeout: float) -> Config:
+    def _config(self, tls: Tls | None) -> Config:
         config = Config()
-        config.backlog = BACKLOG
-        config.graceful_timeout = drain_timeout + _BACKSTOP
         config.keep_alive_timeout = self.keep_alive_timeout
         config.keep_alive_max_requests = 2**31
         config.h11_max_incomplete_size = self.max_header_bytes
         config.h2_max_header_list_size = self.max_header_bytes
         config.h2_max_concurrent_streams = self.http2_streams
         config.include_server_header = False
-        config.errorlog = _log
+        config.errorlog = logging.getLogger("dynamo.http")
         config.accesslog = None
         if tls is not None:
             config.certfile, config.keyfile = str(tls.cert), str(tls.key)
@@ -81,3 +100,11 @@ class HypercornServer:
                 config.ca_certs = str(tls.client_ca)
                 config.verify_mode = ssl.CERT_REQUIRED
         return config
+
+
+async def _close(connections: set[asyncio.Task[Any]]) -> None:
+    if connections:
+        _, late = await asyncio.wait(set(connections), timeout=_LAST_BYTES)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
