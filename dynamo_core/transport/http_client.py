@@ -99,6 +99,8 @@ class HttpStream(BoundedMailbox):
             error = ProtocolViolation(f"the call to {channel.address} cannot be made: {type(e).__name__}: {e}")
         channel.streams.discard(self)
         self.finish(error)
+        if channel.closed and not channel.streams:  # nobody was there: whoever asks again gets a new channel, and this one's pool is done
+            await channel.client.aclose()
 
     async def _receive(self, endpoint: str, payload: bytes, context: Context) -> DynamoError | None:
         """Read the response to its end, at the pace of the reader."""
