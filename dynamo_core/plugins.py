@@ -207,8 +207,12 @@ class Plugins:
                 raise ConfigError(Problem(f"{spoken} {name!r} is provided by {left_out}, which was left out: {left_out.problem}", where, source))
             what = f"{spoken} {name!r} is provided by {package}, which is not installed"
             raise ConfigError(Problem(what, where, source, f"install it: pip install {package}"))
-        if close := difflib.get_close_matches(name, known, 1):
-            remedy = f"did you mean {close[0]!r} (from {known[close[0]].plugin})?"
+        elsewhere = [other for k, other in KNOWN_ELSEWHERE if k == kind and other not in known]
+        if others := sorted(k.replace("_", " ") for k, other in self.components if other == name):
+            remedy = f"{name!r} is the name of a {' and of a '.join(others)}"
+        elif close := difflib.get_close_matches(name, [*known, *elsewhere], 1):
+            source_of = f"from {known[close[0]].plugin}" if close[0] in known else f"pip install {KNOWN_ELSEWHERE[kind, close[0]]}"
+            remedy = f"did you mean {close[0]!r} ({source_of})?"
         else:
             remedy = f"installed: {', '.join(sorted(known)) or 'none'}"
         raise ConfigError(Problem(f"no installed plugin provides {spoken} {name!r}", where, source, remedy))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import enum
 import inspect
 import math
@@ -98,7 +99,8 @@ class Structurer:
             if key in values:
                 object.__setattr__(stand_in, a.name, values[key])
             elif a.default is not attrs.NOTHING:
-                object.__setattr__(stand_in, a.name, _default(a, stand_in))
+                with contextlib.suppress(Exception):  # it may be made from a field that is itself wrong or missing
+                    object.__setattr__(stand_in, a.name, _default(a, stand_in))
         for key, value in values.items():
             a = fields[key]
             if a.validator is None or a.converter is not None:

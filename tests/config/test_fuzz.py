@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_core.config import Config, check, load
@@ -47,6 +47,8 @@ use = "echo"
 """
 LINES = GOOD.split("\n")
 
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 @pytest.fixture(scope="module")
 def plugins() -> Plugins:
@@ -74,7 +76,7 @@ def test_any_lost_or_repeated_line_explains_itself(plugins: Plugins) -> None:
         loads_or_explains("\n".join([*LINES[: i + 1], *LINES[i:]]), plugins)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(patient, max_examples=200)
 @given(st.data())
 def test_any_few_changed_characters_explain_themselves(data: st.DataObject) -> None:
     text = GOOD
@@ -85,6 +87,7 @@ def test_any_few_changed_characters_explain_themselves(data: st.DataObject) -> N
 
 
 KEYS = sorted({field.key for _, _, listed in tables() for field in listed} | {"use", "weight", "a", "0"})
+CORE = Plugins.load()
 VALUES = st.recursive(
     st.one_of(st.booleans(), st.integers(), st.floats(), st.sampled_from(["load", "file", "10m", "env:X", "file:/", "prefill", ""]), st.text(max_size=3)),
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)),
@@ -92,13 +95,14 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(patient, max_examples=150)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
 def test_any_data_under_real_keys_explains_itself(data: dict[str, Any]) -> None:
     loads_or_explains(to_toml(data), None)
+    loads_or_explains(to_toml(data), CORE)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(patient, max_examples=100)
 @given(st.lists(st.tuples(st.lists(st.sampled_from([*KEYS, "1", "-1"]), min_size=1, max_size=4), st.text("[]{}\"'a1.,= ", max_size=4)), max_size=4))
 def test_any_overrides_and_variables_explain_themselves(written: list[tuple[list[str], str]]) -> None:
     loads_or_explains(GOOD, None, overrides=[f"{'.'.join(path)}={value}" for path, value in written])

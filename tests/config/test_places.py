@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_core.config import check, load
@@ -87,11 +87,14 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing() -> None:
     assert read_toml("\ufeff" + AWKWARD.replace("\n", "\r\n"), "x").marks.keys() == read_toml(AWKWARD, "x").marks.keys()
 
 
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 keys = st.text("ab_-.\"'[]= #é\n", min_size=1, max_size=4)
 leaves = st.one_of(st.booleans(), st.integers(-9, 9), st.text("ab\"'\\[]{}=,# \n", max_size=6))
 values = st.recursive(leaves, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=3)), max_leaves=8)
 
 
+@patient
 @given(st.dictionaries(keys, values, max_size=4))
 def test_every_value_of_any_toml_has_a_place(data: dict[str, Any]) -> None:
     text = to_toml(data)
@@ -99,6 +102,7 @@ def test_every_value_of_any_toml_has_a_place(data: dict[str, Any]) -> None:
     assert set(read_toml(text, "x").marks) == paths(data)
 
 
+@patient
 @given(st.text("[]{}=.,\"'#\n\\ ab1_", max_size=30))
 def test_any_text_is_toml_with_places_or_an_error_with_a_line(text: str) -> None:
     try:
@@ -183,6 +187,7 @@ def test_aliases_of_aliases_do_not_fill_the_memory() -> None:
     assert "more than" in check(Path("a.yaml"), text=text, environ={})[0].what
 
 
+@patient
 @given(st.text("ab:-[]{}&*!|>'\"# \n\t,?%@`", max_size=30))
 def test_any_text_is_yaml_or_an_error(text: str) -> None:
     check(Path("a.yaml"), text=text, environ={})
