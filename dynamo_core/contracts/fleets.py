@@ -21,7 +21,7 @@ TAINTS = ("gpu=h200", "gpu=b300", "zone=a", "zone=b", "spot")
 
 kit_settings = settings(
     deadline=None,  # a busy machine is no fault of the plugin
-    max_examples=40,
+    max_examples=30,
     derandomize=True,  # the same plugin gets the same verdict every time
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors],

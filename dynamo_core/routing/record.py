@@ -14,7 +14,6 @@ from typing import Any
 
 import attrs
 import msgspec
-import numpy as np
 
 from dynamo_core.routing import facts as known
 from dynamo_core.routing.contract import Dice, Fact, RoutingRequest, Worker
@@ -235,10 +234,11 @@ def _hints(request: RoutingRequest) -> str:
 
 
 # JSON knows neither infinity, nor tuples, nor numpy: such values are tagged, so that a policy sees the same column again.
+# numpy itself is imported only where a provider used it.
 
 
 def _column(column: Any) -> dict[str, Any]:
-    if isinstance(column, np.ndarray):
+    if hasattr(column, "dtype"):
         return {"dtype": column.dtype.str, "values": [_tagged(x) for x in column.tolist()]}
     return {"values": [_tagged(x) for x in column]}
 
@@ -247,6 +247,8 @@ def _uncolumn(raw: Mapping[str, Any]) -> Sequence[Any]:
     values = [_untagged(x) for x in raw["values"]]
     if "dtype" not in raw:
         return tuple(values)
+    import numpy as np
+
     array: Any = np.array(values, dtype=raw["dtype"])
     array.setflags(write=False)
     return array
@@ -261,7 +263,7 @@ def _tagged(value: Any) -> Any:
         return {"tuple": [_tagged(x) for x in value]}
     if isinstance(value, frozenset | set):
         return {"set": [_tagged(x) for x in sorted(value)]}
-    if isinstance(value, np.generic):
+    if hasattr(value, "dtype"):
         return _tagged(value.item())
     return {"text": str(value)}
 

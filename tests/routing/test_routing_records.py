@@ -69,7 +69,7 @@ def record(stack, case, seed, columns=None):
                     choice.totals, choice.faults, seed, stack.hash, 1, 1_800_000_000.25)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_recomputing_from_the_record_gives_the_worker_that_was_chosen(data):
     stack = data.draw(stacks())
