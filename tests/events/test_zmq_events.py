@@ -21,12 +21,16 @@ from dynamo_core.events.zmq_wire import HEADER
 
 
 class TestZmqEvents(EventPlaneContract):
+    in_flight = 4 * EventPlaneContract.backlog  # in the sockets, when the machine is busy
+
     @pytest.fixture
     def make(self):
         return lambda: ZmqEvents(receive_queue=self.backlog)
 
 
 class TestZmqEventsWithCurve(EventPlaneContract):
+    in_flight = 4 * EventPlaneContract.backlog
+
     @pytest.fixture
     def make(self):
         secret = zmq.curve_keypair()[1].decode()
