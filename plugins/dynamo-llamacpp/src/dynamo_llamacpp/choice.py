@@ -61,6 +61,8 @@ class Choice:
     _begun: bool = attrs.field(default=False, init=False)
     _budget: int = attrs.field(default=0, init=False)
     """Tokens that the run at hand may make."""
+    _over: bool = attrs.field(default=False, init=False)
+    """The run at hand has said that it is over."""
     _lost: int = attrs.field(default=0, init=False)
     """Tokens of this run whose ids nobody told us; the run ends and they are generated again."""
 
@@ -109,7 +111,7 @@ class Choice:
         """One run, until the choice ends, the run does, or a token is lost."""
         body = self._run_body()
         run = self.model.native.start(self.slot, body)
-        self._budget, self._lost, told = body["n_predict"], 0, 0
+        self._budget, self._lost, self._over, told = body["n_predict"], 0, False, 0
         try:
             while steps := await run.read():
                 output, told = self._take(steps, told)
@@ -117,6 +119,8 @@ class Choice:
                     yield output
                 if self._finish is not None or self._lost:
                     return
+            if not self._over:
+                raise EngineFailed("llama.cpp ended a run without saying why")
         finally:
             await run.close()
 
@@ -146,6 +150,7 @@ class Choice:
                 self._progress(step)
                 continue
             ended = step.ended
+            self._over = bool(ended)
             hidden = step.predicted - told - (0 if ended else 1)
             if hidden > 0:
                 within = self._hidden(step, hidden, logprobs is not None)
