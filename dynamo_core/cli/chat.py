@@ -33,7 +33,7 @@ def chat(
         if prompt is not None:
             _ask(client, console, model, [{"role": "user", "content": prompt}], max_tokens)
             return
-        console.print(f"[dim]{model} at {url}; an empty line or Ctrl-D ends[/dim]")
+        console.print(f"[dim]{model} at {url}; an empty line or Ctrl-D ends[/dim]", soft_wrap=True)
         messages: list[Message] = []
         for question in _questions(console):
             messages.append({"role": "user", "content": question})
@@ -70,6 +70,7 @@ class Answer:
     text: str = ""
     started: float = attrs.field(factory=time.monotonic)
     first: float | None = None
+    pieces: int = 0
     tokens: int = 0
     decision: str = ""
 
@@ -77,13 +78,14 @@ class Answer:
         if self.first is None:
             self.first = time.monotonic()
         self.text += delta
+        self.pieces += 1
 
     def speed(self) -> str:
         if self.first is None:
             return "no tokens"
         parts = [f"first token after {(self.first - self.started) * 1000:.0f} ms", f"{self.tokens} tokens"]
         seconds = time.monotonic() - self.first
-        if self.tokens > 1 and seconds > 0:
+        if self.pieces > 1 and self.tokens > 1 and seconds > 0:  # one piece says nothing of the speed
             parts.append(f"{(self.tokens - 1) / seconds:.1f} tokens/s")
         return ", ".join(parts + ([f"dynamo explain {self.decision}"] if self.decision else []))
 
@@ -102,7 +104,7 @@ def _ask(client: httpx.Client, console: Console, model: str, messages: list[Mess
     except httpx.HTTPError as e:
         raise unreachable(client, e) from e
     console.print()
-    console.print(f"[dim]{answer.speed()}[/dim]")
+    console.print(f"[dim]{answer.speed()}[/dim]", soft_wrap=True)
     return answer.text
 
 

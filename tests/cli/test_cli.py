@@ -98,10 +98,12 @@ def test_a_configuration_error_is_text_on_stderr_and_a_traceback_only_with_debug
     assert "Traceback" in debugged.stderr
 
 
-def test_a_closed_pipe_is_quiet() -> None:
-    shell = f"{sys.executable} -c 'from dynamo_core.cli import main; main([\"config\", \"schema\"])' | head -c 1"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == ("{", "")
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    program = f"{sys.executable} -c 'import sys; sys.stdin.read(); from dynamo_core.cli import main; sys.exit(main([\"config\", \"schema\"]))'"
+    # The reader is gone before the writer is allowed to begin.
+    shell = f"mkfifo gate; (sleep 0.5; : > gate) & {program} < gate | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_an_interrupt_is_exit_130(monkeypatch: pytest.MonkeyPatch) -> None:
