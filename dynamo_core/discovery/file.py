@@ -25,6 +25,9 @@ from dynamo_core.errors import LeaseLost, StoreUnavailable
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_FAREWELL = 5.0
+"""Seconds to wait for a file system that hangs, when leaving."""
+
 
 class FileLease:
     """A lease that this process keeps alive by touching its file every third of `ttl`."""
@@ -92,9 +95,11 @@ class FileDiscovery:
         self._poll.cancel()
         for watcher in self._watchers:
             watcher.close()
-        if self._thread is not None:
-            self._thread.shutdown(wait=False)
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            last = self._loop.run_in_executor(thread, int)  # nothing may call the loop once we are gone
+            await asyncio.wait([self._poll, last], timeout=_FAREWELL)
+            thread.shutdown(wait=False)
 
     # ------------------------------------------------------------------ keys
 
