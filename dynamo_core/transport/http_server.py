@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -99,6 +100,7 @@ class HttpConnection:
         except BodyTooLarge as e:
             log.warning("refused a request of the caller at %s: %s", self._peer, e)
             self._refuse(413, str(e), e.code)
+            await self._discard()
             return False
         if received is None:
             return False
@@ -142,6 +144,13 @@ class HttpConnection:
         self._write(h11.Response(status_code=status, headers=headers))
         self._write(h11.Data(data=body))
         self._write(h11.EndOfMessage())
+
+    async def _discard(self) -> None:
+        """Read what the caller still sends: closing at once would reset the connection, and it would never see the answer."""
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(self._server.request_timeout):
+                while await self._reader.read(256 * 1024):
+                    pass
 
     def _write(self, event: h11.Event) -> None:
         if (data := self._http.send(event)) and not self._writer.is_closing():  # type: ignore[arg-type]
