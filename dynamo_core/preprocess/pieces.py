@@ -22,11 +22,25 @@ CHUNK = 2048
 
 _BETWEEN_WORDS = re.compile("(?<=[a-z])(?= [a-z])")
 
-# In each of these, letters and a space never stand in one word, unless the space comes first.
-_GPT2_WORDS = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
-_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-_CL100K_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
-_KNOWN_WORDS = frozenset({_GPT2_WORDS, *(_CL100K_WORDS + digits + _REST for digits in ("\\p{N}", "\\p{N}{1,3}"))})
+# Patterns for which a word that ends in a letter ends before a space, and a space and a letter after it begin the next: what stands
+# in one word is letters with at most one other character before them. Cutting there cannot change how either side is split.
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SUFFIXES = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""".replace(
+        r"\r", "\r"
+    ).replace(r"\n", "\n")
+)
+_CL100K = {rf"{suffixes}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}{_TAIL}" for suffixes in _SUFFIXES for digits in ("", "{1,3}")}
+_WORDS = frozenset({_GPT2, _O200K, _DEEPSEEK, *_CL100K})
+_NEITHER = frozenset({r"\p{N}", r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+"})
+"""Patterns of digits or ideographs alone, which have nothing to do with letters and spaces."""
 
 
 class AddedToken(msgspec.Struct):
@@ -57,13 +71,10 @@ def most_characters(definition: Definition) -> int | None:
     """How many characters of text one token can stand for, or `None` where that has no bound."""
     if (definition.decoder or {}).get("type") != "ByteLevel" or any(token.lstrip or token.rstrip for token in definition.added_tokens):
         return None
-    match definition.normalizer:
-        case None:
-            shrinks = 1
-        case {"type": "NFC"}:
-            shrinks = 4  # the longest sequence that one character is composed from
-        case _:
-            return None
+    normalizers = [step["type"] for step in _steps(definition.normalizer, "normalizers")]
+    if normalizers not in ([], ["NFC"]):
+        return None
+    shrinks = 4 if normalizers else 1  # the longest sequence that NFC composes one character from
     vocabulary = msgspec.json.decode(definition.model.vocab, type=dict[str, msgspec.Raw])
     return shrinks * max(map(len, (*vocabulary, *(token.content for token in definition.added_tokens))), default=0) or None
 
@@ -114,21 +125,31 @@ def _overlap(first: str, second: str) -> bool:
 
 
 def _between_words_is_exact(definition: Definition) -> bool:
-    if (definition.normalizer or {"type": "NFC"})["type"] != "NFC" or any(re.search("[a-z] [a-z]", token.content) for token in definition.added_tokens):
+    if any(token.lstrip or token.single_word or re.search("[a-z] [a-z]", token.content) for token in definition.added_tokens):
         return False
-    if any(token.lstrip or token.single_word for token in definition.added_tokens):
+    if any(step["type"] != "NFC" for step in _steps(definition.normalizer, "normalizers")):
         return False
-    step = definition.pre_tokenizer or {"type": "none"}
-    steps: list[dict[str, Any]] = step["pretokenizers"] if step["type"] == "Sequence" else [step]
     splits = False
-    for step in steps:
+    for step in _steps(definition.pre_tokenizer, "pretokenizers"):
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False}:
                 splits = splits or step.get("use_regex", True)
-            case {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False} if words in _KNOWN_WORDS:
-                splits = True
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert} if (behavior, invert) in _EACH_MATCH:
+                if pattern not in _WORDS and (pattern not in _NEITHER or invert):
+                    return False
+                splits = splits or pattern in _WORDS
             case {"type": "Digits"}:
                 pass
             case _:
                 return False
     return splits
+
+
+_EACH_MATCH = (("Isolated", False), ("Removed", True))
+"""Both make each match a word, for patterns that match everything."""
+
+
+def _steps(definition: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    if definition is None:
+        return []
+    return definition[name] if definition["type"] == "Sequence" else [definition]
