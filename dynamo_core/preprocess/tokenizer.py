@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from array import array
@@ -12,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
-import structlog
 from tokenizers import Tokenizer
 
 from dynamo_core.preprocess.pieces import Cutter, Definition
@@ -26,7 +26,7 @@ threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dy
 """For long prompts. One pool for all models: more threads than cores would only add to the latency of each."""
 
 Encode = Callable[[list[str]], list[list[int]]]
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 class TextTokenizer:
@@ -132,7 +132,7 @@ def _accelerated(content: bytes, reference: Encode) -> Encode | None:
             if ids != expected:
                 raise ValueError(f"its tokens differ for {sample!r}")
     except Exception as error:
-        log.warning("not using fastokens for this tokenizer", reason=str(error))
+        log.warning("fastokens is not used for this tokenizer", extra={"reason": str(error)})
         return None
 
     def encode(texts: list[str]) -> list[list[int]]:

@@ -168,7 +168,7 @@ class Fake:
         self.Tokenizer = SimpleNamespace(from_json_str=lambda text: SimpleNamespace(encode_batch=lambda texts: [encode(text) for text in texts]))
 
 
-def test_an_accelerator_that_gives_other_tokens_is_not_used(chatml, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_that_gives_other_tokens_is_not_used(chatml, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     content = chatml._tokenizer.reference.to_str().encode()
     right = Tokenizer.from_buffer(content)
 
@@ -178,6 +178,7 @@ def test_an_accelerator_that_gives_other_tokens_is_not_used(chatml, monkeypatch:
     monkeypatch.setitem(sys.modules, "fastokens", Fake(nearly))
     loaded = load(content)
     assert loaded._encode == loaded._encode_reference
+    assert [record.message for record in caplog.records] == ["fastokens is not used for this tokenizer"]
     assert loaded.encode_now("a\u00a0b") == right.encode("a\u00a0b", add_special_tokens=False).ids
 
 
