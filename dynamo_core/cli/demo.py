@@ -14,7 +14,7 @@ from rich.text import Text
 from dynamo_core.cli.local_stack import LocalStack
 from dynamo_core.cli.options import Overrides
 from dynamo_core.cli.screen import Screen
-from dynamo_core.config import load
+from dynamo_core.config import load_with_plugins
 from dynamo_core.config.schema import Config
 from dynamo_core.plugins import Plugins
 
@@ -34,8 +34,7 @@ def demo(
     """
     from dynamo_core.runtime.process import run_role
 
-    plugins = Plugins.load()
-    config = load(file, overrides=overrides, plugins=plugins)
+    config, plugins = load_with_plugins(file, overrides=overrides)
     screen = Screen(sys.stdout, verbose=verbose)
     return run_role(lambda stop: _demo(file, overrides, config, plugins, screen, max_tokens, timeout, stop))
 

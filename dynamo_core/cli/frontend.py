@@ -8,9 +8,8 @@ from cyclopts import Parameter
 
 from dynamo_core.cli.options import ConfigFile, Overrides
 from dynamo_core.cli.supervisor import Child, Supervisor
-from dynamo_core.config import load
+from dynamo_core.config import load_with_plugins
 from dynamo_core.config.schema import Config
-from dynamo_core.plugins import Plugins
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +27,7 @@ def frontend(
 
     if port is not None:
         overrides = (*overrides, f"frontend.port={port}")
-    plugins = Plugins.load()
-    config = load(file, overrides=overrides, plugins=plugins)
+    config, plugins = load_with_plugins(file, overrides=overrides)
     logs.setup(config.observability.log_level, config.observability.log_format, role="frontend")
     if config.frontend.processes > 1 and not single:
         arguments = ["frontend", *([str(file)] if file else []), *(f"--set={override}" for override in overrides), "--single"]

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from dynamo_core.cli.local_stack import LocalStack
 from dynamo_core.cli.options import ConfigFile, Overrides
 from dynamo_core.cli.screen import Screen
-from dynamo_core.config import load
+from dynamo_core.config import load_with_plugins
 from dynamo_core.config.schema import Config
 from dynamo_core.plugins import Plugins
 
@@ -24,8 +24,7 @@ def up(
     """Start every role of a stack on this machine, say when it serves, and keep it running until Ctrl-C."""
     from dynamo_core.runtime.process import run_role
 
-    plugins = Plugins.load()
-    config = load(file, overrides=overrides, plugins=plugins)
+    config, plugins = load_with_plugins(file, overrides=overrides)
     screen = Screen(sys.stderr, verbose=not quiet)
     return run_role(lambda stop: _up(file, overrides, config, plugins, screen, timeout, stop))
 

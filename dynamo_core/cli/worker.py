@@ -6,10 +6,9 @@ import attrs
 from cyclopts import Parameter
 
 from dynamo_core.cli.options import ConfigFile, Overrides
-from dynamo_core.config import Use, Worker, load
+from dynamo_core.config import Use, Worker, load_with_plugins
 from dynamo_core.config.schema import Config
 from dynamo_core.errors import ConfigError, Problem
-from dynamo_core.plugins import Plugins
 
 
 def worker(
@@ -23,8 +22,7 @@ def worker(
     from dynamo_core.runtime.process import run_role
     from dynamo_core.runtime.worker_role import serve_worker
 
-    plugins = Plugins.load()
-    config = load(file, overrides=overrides, plugins=plugins)
+    config, plugins = load_with_plugins(file, overrides=overrides)
     settings = _settings(config, engine, index)
     logs.setup(config.observability.log_level, config.observability.log_format, role=settings.name)
     return run_role(lambda stop: serve_worker(config, settings, plugins, stop))

@@ -143,7 +143,7 @@ async def test_a_stopped_process_gives_up_by_itself_even_if_nobody_watched(path)
 
 
 async def test_two_processes_that_write_at_once_leave_one_state_that_everybody_sees(path):
-    async with FileDiscovery(path, poll_interval=0.05) as store, store.watch("") as changes:  # noqa: SIM117
+    async with FileDiscovery(path, poll_interval=0.05) as store, store.watch("") as changes:
         async with process(WRITER, path, "one") as one, process(WRITER, path, "two") as two:
             assert {await says(one), await says(two)} == {"ready"}
             assert {await says(one), await says(two)} == {"done"}
@@ -203,7 +203,7 @@ async def test_a_directory_that_cannot_be_written_is_named_with_the_reason(path)
         (path / "tmp").unlink()
         (path / "tmp").mkdir()
         async with asyncio.timeout(PATIENCE):
-            while store.problem():  # noqa: ASYNC110
+            while store.problem():
                 await asyncio.sleep(0.05)
 
 

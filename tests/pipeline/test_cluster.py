@@ -82,7 +82,7 @@ async def test_without_a_replacement_the_error_says_so() -> None:
         generation = await cluster.generate("a" * 100, max_tokens=100)
         await generation.read()
         await cluster.kill(0)
-        with pytest.raises(Unavailable, match="no other worker was there within 0.2 s"):
+        with pytest.raises(Unavailable, match=r"no other worker was there within 0\.2 s"):
             await read_all(generation)
 
 

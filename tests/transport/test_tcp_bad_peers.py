@@ -157,7 +157,7 @@ async def test_one_stream_too_many_is_a_migratable_overload_and_the_next_one_aft
         assert caught.value.migratable
         held[0].cancel()
         async with asyncio.timeout(GUARD):
-            while endpoint.closed == 0:  # noqa: ASYNC110
+            while endpoint.closed == 0:
                 await asyncio.sleep(0.01)
         assert await channel.open("x", b"", Context("next")).read() == [Output([0])]
         await channel.close()
@@ -204,7 +204,7 @@ async def test_a_caller_that_does_not_read_its_socket_stops_the_handlers(endpoin
         assert endpoint.asked * 65536 < 32 * 2**20
         stranger.writer.transport.abort()
         async with asyncio.timeout(GUARD):
-            while endpoint.closed < 8:  # noqa: ASYNC110
+            while endpoint.closed < 8:
                 await asyncio.sleep(0.01)
 
 
