@@ -113,6 +113,8 @@ def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text."""
     encoding = tokenizer.encode("a", add_special_tokens=True)
     own = [n for n, special in enumerate(encoding.special_tokens_mask) if not special]
+    if not own:  # the vocabulary has no "a"
+        return encoding.ids, []
     return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
 
 
