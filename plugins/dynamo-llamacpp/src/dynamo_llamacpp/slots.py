@@ -28,7 +28,7 @@ _SIMILAR = 0.1
 class Slot:
     id: int
     held: list[int] = attrs.field(factory=list)
-    """Tokens in its cache."""
+    """Tokens in its cache; empty also when we do not know what is there."""
     salt: str | None = None
     reuse: bool = True
     """Whether the run at hand may use what the cache held before."""
@@ -72,7 +72,7 @@ class Slots:
             raise
 
     def give_back(self, slot: Slot, held: Sequence[int]) -> None:
-        """The run is over; the slot's cache now holds `held`."""
+        """The run is over; the slot's cache now holds `held`. Empty: it may still hold what another salt left there."""
         slot.held = list(held)
         slot.last_used = next(self._clock)
         self._store(slot)
@@ -120,7 +120,7 @@ class Slots:
 
     def _prepare(self, slot: Slot, prompt: Sequence[int], salt: str | None) -> None:
         """What the prompt does not share is overwritten from now on."""
-        slot.reuse = slot.salt == salt
+        slot.reuse = bool(slot.held) and slot.salt == salt
         keep = _common_prefix(slot.held, prompt) if slot.reuse else 0
         self._drop(slot, keep // self._block_size)
         slot.held = list(prompt)

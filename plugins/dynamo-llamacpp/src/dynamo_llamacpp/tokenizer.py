@@ -75,7 +75,9 @@ class Vocabulary:
 def vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """:raises ConfigError: the file's tokenizer is of a kind that cannot be reproduced."""
     style = _style(metadata)
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
+    if not tokens:
+        raise ConfigError(Problem("the model's file has no vocabulary", remedy="choose a model that was converted with its tokenizer"))
     types: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     bos = _special(metadata, "bos", len(tokens))
     eos = _special(metadata, "eos", len(tokens))
