@@ -63,7 +63,7 @@ def dynamo_worker_left(instance: Instance, reason: str) -> None:
     """A worker is no longer routable.
 
     Called: once for each instance that had joined.
-    :param instance: which. :param reason: `left` (it said so), `expired` (its lease ran out) or `lost` (the store forgot it).
+    :param instance: which. :param reason: `left`; whether it said so or its lease ran out, discovery does not tell.
     Result: ignored. Errors: logged under the plugin's name, once.
     Processes: frontend, router.
     """
