@@ -58,7 +58,9 @@ class Site:
 
 
 @asynccontextmanager
-async def running(server: Any = None, *, config: Frontend | None = None, model: FakeModel | None = None, drain_timeout: float = 5.0, **options: Any) -> AsyncIterator[Site]:
+async def running(
+    server: Any = None, *, config: Frontend | None = None, model: FakeModel | None = None, drain_timeout: float = 5.0, **options: Any
+) -> AsyncIterator[Site]:
     model = model or FakeModel("m", aliases=("org/name/with-slashes",))
     catalog = FakeCatalog(model)
     registry = CollectorRegistry()

@@ -56,8 +56,11 @@ async def test_continuous_usage_counts_up_in_every_chunk(site):
 
 
 async def test_several_choices_of_one_read_are_separate_events(site):
-    site.model.script = [[Delta(index=0, text="a", token_ids=[1]), Delta(index=1, text="b", token_ids=[2])], Delta(index=1, finish_reason="length"),
-                         Delta(index=0, text="c", token_ids=[3], finish_reason="stop")]
+    site.model.script = [
+        [Delta(index=0, text="a", token_ids=[1]), Delta(index=1, text="b", token_ids=[2])],
+        Delta(index=1, finish_reason="length"),
+        Delta(index=0, text="c", token_ids=[3], finish_reason="stop"),
+    ]
     chunks = events(await site.chat(stream=True, n=2))
     seen = [(c["choices"][0]["index"], c["choices"][0]["delta"].get("content"), c["choices"][0]["finish_reason"]) for c in chunks]
     assert seen == [(0, "a", None), (1, "b", None), (1, None, "length"), (0, "c", None), (0, None, "stop")]
@@ -92,8 +95,11 @@ async def test_the_reason_to_stop_is_reported_when_there_is_one(site):
 
 
 async def test_logprobs_have_openais_chat_shape(site):
-    site.model.script = [Delta(text="Hé", token_ids=[5], logprobs=[logprob("Hé", 5)]), Delta(text="y", token_ids=[6], logprobs=[logprob("y", 6, float("-inf"))]),
-                         Delta(finish_reason="stop")]
+    site.model.script = [
+        Delta(text="Hé", token_ids=[5], logprobs=[logprob("Hé", 5)]),
+        Delta(text="y", token_ids=[6], logprobs=[logprob("y", 6, float("-inf"))]),
+        Delta(finish_reason="stop"),
+    ]
     expected = {"token": "Hé", "logprob": -0.5, "bytes": [72, 195, 169], "top_logprobs": [{"token": "Hé", "logprob": -0.5, "bytes": [72, 195, 169]}]}
     whole = (await site.chat(logprobs=True, top_logprobs=1)).json()["choices"][0]["logprobs"]
     assert whole["content"][0] == expected
@@ -106,9 +112,25 @@ async def test_logprobs_have_openais_chat_shape(site):
 
 
 async def test_every_sampling_field_reaches_the_engine(site):
-    await site.chat(temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=7, frequency_penalty=1, presence_penalty=-1, repetition_penalty=1.1,
-                    logit_bias={"5": -100}, max_tokens=9, max_completion_tokens=5, min_tokens=2, stop=["END", "\n"], stop_token_ids=[3], ignore_eos=True,
-                    include_stop_str_in_output=True, skip_special_tokens=False)
+    await site.chat(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.1,
+        seed=7,
+        frequency_penalty=1,
+        presence_penalty=-1,
+        repetition_penalty=1.1,
+        logit_bias={"5": -100},
+        max_tokens=9,
+        max_completion_tokens=5,
+        min_tokens=2,
+        stop=["END", "\n"],
+        stop_token_ids=[3],
+        ignore_eos=True,
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+    )
     request, text, _ = site.model.starts[0]
     s = request.sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.seed) == (0.5, 0.9, 40, 0.1, 7)
@@ -148,7 +170,9 @@ async def test_the_template_gets_messages_and_its_arguments(site):
 
 
 async def test_token_ids_replace_template_and_tokenizer(site):
-    response = await site.client.post("/v1/chat/completions", json={"model": "m", "messages": [], "dynamo": {"token_ids": [5, 6, 7], "annotations": ["prompt_token_ids"]}})
+    response = await site.client.post(
+        "/v1/chat/completions", json={"model": "m", "messages": [], "dynamo": {"token_ids": [5, 6, 7], "annotations": ["prompt_token_ids"]}}
+    )
     assert site.model.starts[0][0].token_ids == [5, 6, 7]
     assert not site.model.preprocessor.rendered
     assert response.json()["dynamo"] == {"prompt_token_ids": [[5, 6, 7]]}
@@ -167,8 +191,17 @@ async def test_annotations_report_what_they_name_in_the_last_chunk(site):
 
 
 async def test_hints_come_from_the_extension_and_headers_beat_it(site):
-    extension = {"priority": 3, "session": "s", "instance": 2**63, "expected_output_tokens": 50, "ttft_target_ms": 100, "itl_target_ms": 20,
-                 "required_taints": ["a"], "preferred_taints": {"b": 0.5}, "cache_salt": "salt"}
+    extension = {
+        "priority": 3,
+        "session": "s",
+        "instance": 2**63,
+        "expected_output_tokens": 50,
+        "ttft_target_ms": 100,
+        "itl_target_ms": 20,
+        "required_taints": ["a"],
+        "preferred_taints": {"b": 0.5},
+        "cache_salt": "salt",
+    }
     await site.chat(dynamo=extension)
     request, _, context = site.model.starts[-1]
     hints = request.hints
@@ -177,8 +210,17 @@ async def test_hints_come_from_the_extension_and_headers_beat_it(site):
     assert request.cache_salt == "salt"
     assert (context.priority, context.session) == (3, "s")
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    headers = {"x-dynamo-session-id": "t", "x-dynamo-priority": "-4", "x-dynamo-instance": "9", "x-tenant-id": "acme", "traceparent": trace, "x-request-id": "mine-1"}
-    response = await site.client.post("/v1/chat/completions", headers=headers, json={"model": "m", "messages": [{"role": "user", "content": "x"}], "dynamo": extension})
+    headers = {
+        "x-dynamo-session-id": "t",
+        "x-dynamo-priority": "-4",
+        "x-dynamo-instance": "9",
+        "x-tenant-id": "acme",
+        "traceparent": trace,
+        "x-request-id": "mine-1",
+    }
+    response = await site.client.post(
+        "/v1/chat/completions", headers=headers, json={"model": "m", "messages": [{"role": "user", "content": "x"}], "dynamo": extension}
+    )
     request, _, context = site.model.starts[-1]
     assert (request.hints.priority, request.hints.session, request.hints.instance) == (-4, "t", 9)
     assert (context.id, context.tenant, context.traceparent) == ("mine-1", "acme", trace)
@@ -221,16 +263,29 @@ async def test_a_request_id_that_could_forge_logs_is_replaced(site, given):
 
 
 async def test_harmless_fields_are_accepted(site):
-    harmless = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "y",
-                "parallel_tool_calls": True, "modalities": ["text"], "tools": [], "tool_choice": "none", "functions": None}
+    harmless = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "safety_identifier": "x",
+        "prompt_cache_key": "y",
+        "parallel_tool_calls": True,
+        "modalities": ["text"],
+        "tools": [],
+        "tool_choice": "none",
+        "functions": None,
+    }
     assert (await site.chat(**harmless)).status_code == 200
     assert (await site.chat(tools=[{"type": "function"}], tool_choice="none")).status_code == 200
 
 
 async def test_text_parts_and_tool_history_pass_to_the_template(site):
-    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-                {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-                {"role": "tool", "tool_call_id": "1", "content": "42"}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+    ]
     response = await site.client.post("/v1/chat/completions", json={"model": "m", "messages": messages})
     assert response.status_code == 200
     assert site.model.preprocessor.rendered[0]["messages"] == messages

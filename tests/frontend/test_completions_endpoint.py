@@ -24,7 +24,9 @@ async def test_a_stream_ends_with_an_empty_text_and_the_reason(each):
     assert [(f["choices"][0]["text"], f["choices"][0]["finish_reason"]) for f in frames] == [("Hello", None), (",", None), (" world", None), ("", "stop")]
 
 
-@pytest.mark.parametrize(("prompt", "tokens"), [("ab", [[1, 353, 354]]), ([5, 6], [[5, 6]]), ([[5], [6, 7]], [[5], [6, 7]]), (["a", "b"], [[1, 353], [1, 354]])])
+@pytest.mark.parametrize(
+    ("prompt", "tokens"), [("ab", [[1, 353, 354]]), ([5, 6], [[5, 6]]), ([[5], [6, 7]], [[5], [6, 7]]), (["a", "b"], [[1, 353], [1, 354]])]
+)
 async def test_prompts_come_as_text_or_tokens_one_or_several(start, prompt, tokens):
     async with start(model=FakeModel("m", add_bos=True)) as site:
         body = (await site.complete(prompt=prompt)).json()
@@ -69,7 +71,11 @@ async def test_echo_puts_the_prompt_before_the_text(site):
 
 
 async def test_legacy_logprobs_count_offsets_in_the_text(site):
-    site.model.script = [Delta(text="Hel", token_ids=[1], logprobs=[logprob("Hel", 1)]), Delta(text="lo", token_ids=[2], logprobs=[logprob("lo", 2)]), Delta(finish_reason="stop")]
+    site.model.script = [
+        Delta(text="Hel", token_ids=[1], logprobs=[logprob("Hel", 1)]),
+        Delta(text="lo", token_ids=[2], logprobs=[logprob("lo", 2)]),
+        Delta(finish_reason="stop"),
+    ]
     expected = {"tokens": ["Hel", "lo"], "token_logprobs": [-0.5, -0.5], "top_logprobs": [{"Hel": -0.5}, {"lo": -0.5}], "text_offset": [0, 3]}
     assert (await site.complete(logprobs=1)).json()["choices"][0]["logprobs"] == expected
     frames = [json.loads(f[6:]) for f in (await site.complete(logprobs=1, stream=True)).text.split("\n\n")[:-2]]

@@ -18,7 +18,9 @@ async def test_the_async_client(each):
         whole = await client.chat.completions.create(model="m", messages=MESSAGES)
         assert whole.choices[0].message.content == "Hello, world"
         assert whole.usage.total_tokens == 11
-        parts = [chunk async for chunk in await client.chat.completions.create(model="m", messages=MESSAGES, stream=True, stream_options={"include_usage": True})]
+        parts = [
+            chunk async for chunk in await client.chat.completions.create(model="m", messages=MESSAGES, stream=True, stream_options={"include_usage": True})
+        ]
         assert "".join(c.choices[0].delta.content or "" for c in parts if c.choices) == "Hello, world"
         assert parts[-1].usage.completion_tokens == 3
         async with client.chat.completions.stream(model="m", messages=MESSAGES) as stream:

@@ -23,10 +23,19 @@ FIELDS = {path: [f.encode_name for f in msgspec.structs.fields(cls)] for path, c
 EXTENSION = [f.encode_name for f in msgspec.structs.fields(Extension)]
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 3),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
     st.sampled_from(["m", "user", "text", "json_schema", "none", "auto", "x"]),
 )
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.sampled_from(["role", "content", "type"]), inner, max_size=3), max_leaves=8)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.sampled_from(["role", "content", "type"]), inner, max_size=3),
+    max_leaves=8,
+)
 messages = st.lists(st.fixed_dictionaries({"role": scalars, "content": values}) | values, max_size=3)
 
 
@@ -79,8 +88,15 @@ def test_any_json_in_known_fields(path, data):
 
 
 @FUZZ
-@given(st.lists(st.tuples(st.sampled_from([b"x-request-id", b"traceparent", b"x-dynamo-session-id", b"x-dynamo-priority", b"x-dynamo-instance", b"x-tenant-id"]),
-                          st.binary(max_size=40)), max_size=4))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([b"x-request-id", b"traceparent", b"x-dynamo-session-id", b"x-dynamo-priority", b"x-dynamo-instance", b"x-tenant-id"]),
+            st.binary(max_size=40),
+        ),
+        max_size=4,
+    )
+)
 def test_any_headers(headers):
     check("/v1/completions", b'{"model":"m","prompt":"x"}', headers)
 

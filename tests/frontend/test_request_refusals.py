@@ -93,7 +93,12 @@ async def test_every_unknown_field_is_named_with_the_closest_known_one(site):
 
 async def test_a_missing_field_is_named(site):
     response = await site.client.post("/v1/chat/completions", json={"messages": USER})
-    assert response.json()["error"] == {"message": "the field `model` is required", "type": "invalid_request_error", "param": "model", "code": "invalid_request"}
+    assert response.json()["error"] == {
+        "message": "the field `model` is required",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "invalid_request",
+    }
 
 
 @pytest.mark.parametrize(
@@ -123,8 +128,13 @@ async def test_what_is_no_json_is_told_where(site, body, says):
 
 @pytest.mark.parametrize(
     ("fields", "needs"),
-    [({"logprobs": True}, "logprobs"), ({"prompt_logprobs": 1}, "prompt_logprobs"), ({"response_format": {"type": "json_object"}}, "guided"),
-     ({"logit_bias": {"1": 1}}, "logit_bias"), ({"n": 2}, "n")],
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "guided"),
+        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"n": 2}, "n"),
+    ],
 )
 async def test_what_the_engine_cannot_do_is_refused(start, fields, needs):
     async with start(model=FakeModel("m", capabilities=())) as site:

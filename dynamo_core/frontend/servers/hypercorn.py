@@ -14,6 +14,7 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
+from hypercorn.events import Event, Updated
 from starlette.types import ASGIApp
 
 from dynamo_core.config.schema import Tls
@@ -27,9 +28,16 @@ _LAST_BYTES = 2.0
 class _Connection(TCPServer):
     """A connection that is gone when its client is: hypercorn's own keeps it until the keep-alive timeout."""
 
+    _ended = False
+
     async def _read_data(self) -> None:
         await super()._read_data()
+        self._ended = True
         await self.idle_task.stop()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not (self._ended and isinstance(event, Updated)):  # which would start the idle clock again
+            await super().protocol_send(event)
 
 
 @attrs.frozen
