@@ -14,6 +14,7 @@ from dynamo_core.errors import Disconnected
 from dynamo_core.transport.contract import Channel, Item, RequestPlane
 from dynamo_core.transport.http import HttpPlane
 from dynamo_core.transport.tcp import TcpPlane
+from dynamo_core.transport.tcp_client import TcpChannel
 from dynamo_core.types import Output
 
 GUARD = 30
@@ -30,7 +31,7 @@ async def handler(endpoint, payload, context):
         await asyncio.sleep(0.01)
 
 async def main():
-    server = await {plane}(ping_interval=0.3, ping_timeout=0.7).serve(handler, "127.0.0.1")
+    server = await {plane}(ping_interval=0.3, ping_timeout=20).serve(handler, "127.0.0.1")
     print(server.address, flush=True)
     await asyncio.Event().wait()
 
@@ -101,6 +102,22 @@ async def test_a_worker_that_stands_still_for_a_moment_loses_nothing(name: str) 
         assert [item.token_ids[0] for item in got if isinstance(item, Output)] == list(range(len(got)))
         stream.cancel()
         await channel.close()
+
+
+@pytest.mark.parametrize("stood_still", [True, False])
+async def test_a_process_that_stood_still_itself_does_not_blame_its_peer(stood_still: bool) -> None:
+    async def handler(endpoint: str, payload: bytes, context: Context) -> AsyncIterator[Item]:
+        yield Output([0])
+
+    server = await TcpPlane().serve(handler, "127.0.0.1")
+    channel = await TcpPlane().connect(server.address)
+    assert isinstance(channel, TcpChannel)
+    now = asyncio.get_running_loop().time()
+    channel._heard, channel._pinged, channel._next_tick = False, now - 100, now - 50 if stood_still else now
+    channel._tick()  # as after a long stop: the timer runs before the answer, which has long arrived, is read
+    assert channel.closed is not stood_still
+    await channel.close()
+    await server.close()
 
 
 async def test_an_idle_connection_outlives_many_pings() -> None:
