@@ -38,6 +38,8 @@ class Model:
 
 @attrs.define(eq=False)
 class Choice:
+    """A choice that has its slot."""
+
     model: Model
     request: Request
     body: dict[str, Any]
@@ -81,8 +83,8 @@ class Choice:
             async with aclosing(self._streamed()) as streamed:
                 async for output in streamed:
                     yield output
-            if self._finish is None and self._lost:
-                yield await self._recovered(self._lost)
+            if self._finish is None and self._lost and (recovered := await self._recovered(self._lost)) is not None:
+                yield recovered
             if self._finish is not None:
                 return
 
@@ -185,15 +187,17 @@ class Choice:
 
     # -------------------------------------------------------------- tokens that llama.cpp did not name
 
-    async def _recovered(self, count: int) -> Output:
+    async def _recovered(self, count: int) -> Output | None:
         """Generate `count` tokens again in a run that does not stream, which names them all when it ends."""
-        self._lost, self._budget = 0, count
+        self._lost = 0
         step = await self._at_once({**self._run_body(), "n_predict": count})
+        if not step.ended:
+            raise EngineFailed("llama.cpp ended a run without saying why")
         tokens = step.tokens
         logprobs = None
         if self.request.logprobs is not None:
             logprobs = [await self._looked_up(self.tokens + tokens[:i], token) for i, token in enumerate(tokens)]
-        return self._output(tokens, logprobs, step.ended) or Output(index=self.index)
+        return self._output(tokens, logprobs, "" if len(tokens) >= count else step.ended)
 
     async def _looked_up(self, before: Sequence[int], token: int) -> TokenLogprob:
         """The probability of a token at its place. llama.cpp reports none for part of a character, so let it report that of a
@@ -229,8 +233,8 @@ class Choice:
         if self._finish is None and not self._lost:
             if ended == "eos" and not self.request.stops.ignore_eos and self.made >= self.request.stops.min_tokens:
                 self._finish = "stop"
-            elif ended == "limit" and not new:
-                self._finish = "length"  # a limit of llama.cpp's own came before ours
+            elif ended == "limit":
+                self._finish = "length"  # llama.cpp's own context came to its end before ours
         if not new and self._finish is None:
             return None
         cached, self._cached = self._cached, None
