@@ -7,13 +7,16 @@ from typing import Any
 from dynamo_core.errors import RequestError
 from dynamo_core.types import Guided
 
+_COMPACT: dict[str, Any] = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""Small models would rather write line breaks for ever than the next key."""
+
 
 def constraint(guided: Guided) -> dict[str, Any]:
     """Fields of a completion body. :raises RequestError: nothing to constrain with."""
     if guided.json_schema is not None:
-        return {"json_schema": guided.json_schema}
+        return {"json_schema": _COMPACT | guided.json_schema}
     if guided.json_object:
-        return {"json_schema": {"type": "object"}}
+        return {"json_schema": _COMPACT | {"type": "object"}}
     if guided.choice is not None:
         if not guided.choice:
             raise RequestError("a choice needs at least one option", param="guided.choice")
