@@ -41,7 +41,7 @@ class Answer:
                 choice.stop_reason = delta.stop_reason
                 self.open -= 1
 
-    def encode(self, id: str, created: int, model: str, usage: Usage, prompt_logprobs: list[LogprobText | None] | None, report: dict[str, Any] | None) -> bytes:
+    def encode(self, id: str, created: int, model: str, usage: Usage, prompt_logprobs: Sequence[LogprobText | None] | None, report: dict[str, Any] | None) -> bytes:
         choices: list[dict[str, Any]] = []
         for index, choice in enumerate(self.choices):
             rendered = {"index": index} | self._render(choice, prompt_logprobs) | {"finish_reason": choice.finish_reason or "stop"}
@@ -55,14 +55,14 @@ class Answer:
             top["dynamo"] = report
         return encode(top)[:-1] + b',"usage":' + encode_usage(usage) + b"}"
 
-    def _render(self, choice: _Choice, prompt_logprobs: list[LogprobText | None] | None) -> dict[str, Any]:
+    def _render(self, choice: _Choice, prompt_logprobs: Sequence[LogprobText | None] | None) -> dict[str, Any]:
         raise NotImplementedError
 
 
 class ChatAnswer(Answer):
     object = "chat.completion"
 
-    def _render(self, choice: _Choice, prompt_logprobs: list[LogprobText | None] | None) -> dict[str, Any]:
+    def _render(self, choice: _Choice, prompt_logprobs: Sequence[LogprobText | None] | None) -> dict[str, Any]:
         logprobs = chat_logprobs([entry for entry in choice.logprobs if entry is not None])
         return {"message": {"role": "assistant", "content": "".join(choice.text), "refusal": None}, "logprobs": logprobs}
 
@@ -74,10 +74,10 @@ class CompletionAnswer(Answer):
         super().__init__(choices, echo)
         self._echoed = bool(echo)
 
-    def _render(self, choice: _Choice, prompt_logprobs: list[LogprobText | None] | None) -> dict[str, Any]:
+    def _render(self, choice: _Choice, prompt_logprobs: Sequence[LogprobText | None] | None) -> dict[str, Any]:
         entries = choice.logprobs
         if self._echoed and entries and prompt_logprobs:
-            entries = prompt_logprobs + entries
+            entries = [*prompt_logprobs, *entries]
         return {"text": "".join(choice.text), "logprobs": legacy_logprobs(entries, 0) if entries else None}
 
 

@@ -41,13 +41,14 @@ class Chat:
             raise RequestError(f"{limit_name} must be at least 1", param=limit_name)
         wanted = convert(body, model.card, exchange, max_tokens=limit, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs, direct_routing=direct_routing)
         prompt, token_ids = await _prompt(body, ext, model)
+        body.messages = []  # a stream may last minutes, and a thousand long conversations are a lot of memory
         return Job(
             id=f"chatcmpl-{exchange.unique_id}",
             body=body,
             model=model,
             requests=[wanted.request(exchange.unique_id, model.card, token_ids)],
             text=wanted.text,
-            prompts=[prompt],
+            prompts=[prompt if "formatted_prompt" in ext.annotations else ""],
             echo=False,
             annotations=ext.annotations,
             dry_run=ext.dry_run,

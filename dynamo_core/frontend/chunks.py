@@ -127,7 +127,7 @@ class CompletionChunks(Chunks):
     def __init__(self, id: str, created: int, model: str, choices: int, *, include_usage: bool, continuous_usage: bool, echo: Sequence[str] = ()) -> None:
         super().__init__(id, created, model, choices, include_usage=include_usage, continuous_usage=continuous_usage, echo=echo)
         self._offsets = [0] * choices
-        self.prompt_logprobs: list[LogprobText | None] | None = None
+        self.prompt_logprobs: Sequence[LogprobText | None] | None = None
         """With `echo`: reported before the first token's own."""
 
     def _prefix(self, index: int) -> bytes:
@@ -139,7 +139,7 @@ class CompletionChunks(Chunks):
     def _with_logprobs(self, index: int, delta: Delta) -> bytes:
         entries: list[LogprobText | None] | None = list(delta.logprobs) if delta.logprobs else None
         if self.prompt_logprobs is not None and self._offsets[index] == 0:
-            entries = self.prompt_logprobs + (entries or [])
+            entries = [*self.prompt_logprobs, *(entries or ())]
         rendered = None if entries is None else legacy_logprobs(entries, self._offsets[index])
         if entries is not None:
             self._offsets[index] += sum(len(e.token) for e in entries if e is not None)

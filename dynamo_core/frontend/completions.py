@@ -53,10 +53,11 @@ class Completions:
             unique = exchange.unique_id if len(prompts) == 1 else f"{exchange.unique_id}-{position}"
             if isinstance(prompt, str):
                 requests.append(wanted.request(unique, model.card, await model.preprocessor.encode(prompt, add_special_tokens=model.card.add_bos)))
-                texts.append(prompt)
+                texts.append(prompt if body.echo or "formatted_prompt" in ext.annotations else "")
             else:
                 requests.append(wanted.request(unique, model.card, prompt))
                 texts.append(model.preprocessor.decode(prompt, skip_special_tokens=wanted.text.skip_special_tokens) if body.echo else "")
+        body.prompt = ""  # a stream may last minutes, and a thousand long prompts are a lot of memory
         return Job(
             id=f"cmpl-{exchange.unique_id}",
             body=body,

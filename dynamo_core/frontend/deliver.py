@@ -120,7 +120,7 @@ def _headers(exchange: Exchange, generation: Generation, *more: Header) -> list[
     return headers
 
 
-def _prompt_logprobs(job: Job, generation: Generation) -> list[LogprobText | None] | None:
+def _prompt_logprobs(job: Job, generation: Generation) -> Sequence[LogprobText | None] | None:
     """With the text of the first prompt token, which has no probability of its own (not-a-number stands for that)."""
     entries = generation.prompt_logprobs
     if not entries or entries[0] is not None:

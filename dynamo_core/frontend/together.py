@@ -20,7 +20,7 @@ class Together:
         self._n = n
         self._reads: dict[asyncio.Task[Sequence[Delta]], int] = {}
         self._begun = False
-        self.prompt_logprobs: list[LogprobText | None] | None = None
+        self.prompt_logprobs: Sequence[LogprobText | None] | None = None
         self._tally()
 
     async def read(self) -> Sequence[Delta]:
