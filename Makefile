@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 test: lint quick slow
 
 quick: $(VENV)/.developing
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 4
 
 slow: $(VENV)/.developing
 	$(BIN)/python -m pytest -q -m slow
