@@ -41,7 +41,9 @@ class Answer:
                 choice.stop_reason = delta.stop_reason
                 self.open -= 1
 
-    def encode(self, id: str, created: int, model: str, usage: Usage, prompt_logprobs: Sequence[LogprobText | None] | None, report: dict[str, Any] | None) -> bytes:
+    def encode(
+        self, id: str, created: int, model: str, usage: Usage, prompt_logprobs: Sequence[LogprobText | None] | None, report: dict[str, Any] | None
+    ) -> bytes:
         choices: list[dict[str, Any]] = []
         for index, choice in enumerate(self.choices):
             rendered = {"index": index} | self._render(choice, prompt_logprobs) | {"finish_reason": choice.finish_reason or "stop"}

@@ -68,6 +68,18 @@ async def test_an_idle_server_stops_at_once_whatever_the_drain_timeout(run):
         await asyncio.wait_for(site.task, 20)
 
 
+async def test_a_connection_is_gone_when_its_client_is(run):
+    """And not only when the keep-alive timeout is: clients that connect anew for each request would fill the memory."""
+    async with run() as site:
+        before = len(asyncio.all_tasks())
+        for _ in range(20):
+            async with httpx.AsyncClient() as client:
+                assert (await client.get(f"http://127.0.0.1:{site.port}/live")).status_code == 200
+        async with asyncio.timeout(20):
+            while len(asyncio.all_tasks()) > before:
+                await asyncio.sleep(0.01)
+
+
 async def _serve(server, app, stop, port=0, **options):
     listening = asyncio.get_running_loop().create_future()
     options = {"tls": None, "drain_timeout": 1.0} | options
