@@ -19,7 +19,9 @@ class Admission:
         """Set by every output; the canary clears it to see whether anything moves."""
         self._idle = asyncio.Event()
         self._idle.set()
-        self._contexts: set[Context] = set()
+        self.broken: str | None = None
+        """Why `break_all` ended what was in progress."""
+        self._serving: dict[Context, asyncio.Task[object] | None] = {}
         self._closed: str | None = None
 
     def enter(self, context: Context) -> None:
@@ -30,12 +32,12 @@ class Admission:
             self.refused += 1
             raise WorkerOverloaded(f"this worker has {self.in_flight} requests in progress, its limit (workers.max_requests)")
         self.in_flight += 1
-        self._contexts.add(context)
+        self._serving[context] = asyncio.current_task()
         self._idle.clear()
 
     def leave(self, context: Context) -> None:
         self.in_flight -= 1
-        self._contexts.discard(context)
+        self._serving.pop(context, None)
         if not self.in_flight:
             self._idle.set()
 
@@ -52,8 +54,9 @@ class Admission:
             return False
         return True
 
-    def cancel_all(self, reason: str) -> None:
-        for context in list(self._contexts):
-            context.cancel(reason)
-
-
+    def break_all(self, reason: str) -> None:
+        """Interrupt everything in progress, wherever it waits; `broken` tells it from a cancellation by the caller."""
+        self.broken = reason
+        for task in list(self._serving.values()):
+            if task is not None:
+                task.cancel()

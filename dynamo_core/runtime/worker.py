@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -123,18 +123,20 @@ class Worker:
         started = time.perf_counter()
         tokens = 0
         outcome = "cancelled"
+        outputs = self.engine.generate(request, context)
         try:
-            async for output in self.engine.generate(request, context):
+            async for output in outputs:
                 admission.moved = True
                 tokens += len(output.token_ids)
                 yield output
-                if context.cancelled:
-                    raise WorkerDraining(context.cancel_reason or "this worker is leaving")
             outcome = "done"
         except GeneratorExit:
             raise
         except asyncio.CancelledError:
-            raise
+            if admission.broken is None or context.cancelled:
+                raise
+            outcome = WorkerDraining.code
+            raise (EngineDead if self.dead.is_set() else WorkerDraining)(admission.broken) from None
         except BaseException as e:
             outcome = e.code if isinstance(e, DynamoError) else "internal"
             if not isinstance(e, DynamoError):
@@ -143,6 +145,9 @@ class Worker:
                 raise EngineDead(self._problem or "the engine died") from e
             raise
         finally:
+            # Closing a generator does not close the one that it iterates over, not until it is collected.
+            if isinstance(outputs, AsyncGenerator):
+                await outputs.aclose()
             admission.leave(context)
             span.set("output.tokens", tokens)
             span.end()
@@ -285,7 +290,7 @@ class Worker:
         if not await self.admission.idle(self.settings.drain_timeout):
             log.warning("worker %s: %d requests are still in progress after %g s; they move to other workers",
                         self.settings.name, self.admission.in_flight, self.settings.drain_timeout)
-            self.admission.cancel_all("this worker is leaving")
+            self.admission.break_all("this worker is leaving")
             await self.admission.idle(2.0)
         if isinstance(self.engine, Drains):
             with contextlib.suppress(TimeoutError):

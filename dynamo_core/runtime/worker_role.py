@@ -66,7 +66,7 @@ async def _serve(worker: Worker, stop: asyncio.Event) -> int:
             if died.done() and not stopping.done():
                 # Streams have ended with EngineDead and move elsewhere; nothing is left to wait for.
                 await worker.runtime.withdraw(worker.settings.name, names.GENERATE)
-                worker.admission.cancel_all("the engine died")
+                worker.admission.break_all("the engine died")
                 await worker.admission.idle(2.0)
             else:
                 await worker.drain()
