@@ -134,15 +134,15 @@ class FleetCatalog:
         for attempt in range(1_000_000):
             try:
                 model = await self._model_for(instance, card)
-                if model is None:
-                    return
                 member = model.members.get(instance.id)
                 if member is None:
                     member = Member(instance, card)
                     model.add(member)
                 await self._prove(instance)
-            except (DynamoError, TimeoutError) as e:
+            except Exception as e:
                 why = str(e) or "it did not answer in time"
+                if not isinstance(e, DynamoError | TimeoutError):
+                    why = f"{type(e).__name__}: {why}"
                 member = self._models[card.name].members.get(instance.id) if card.name in self._models else None
                 if member is not None:
                     member.problem = why
@@ -158,15 +158,13 @@ class FleetCatalog:
             self._tell("dynamo_worker_joined", instance=instance, card=card)
             return
 
-    async def _model_for(self, instance: Instance, card: ModelCard) -> ServedModel | None:
+    async def _model_for(self, instance: Instance, card: ModelCard) -> ServedModel:
         async with self._building.setdefault(card.name, asyncio.Lock()):
             model = self._models.get(card.name)
             if model is not None and model.checksum != card.checksum():
                 if model.members:
-                    self._refused[instance.id] = (f"{instance.label} offers {card.name!r} with another tokenizer, template or block size than the workers that "
-                                                  f"serve it; give one of them another name (workers.served_name) or make them alike")
-                    log.error(self._refused[instance.id])
-                    return None
+                    raise Unavailable(f"it offers {card.name!r} with another tokenizer, template or block size than the workers that serve it; "
+                                      f"give one of them another name (workers.served_name) or make them alike")
                 model = None
             if model is None:
                 model = self._models[card.name] = await self._build(instance, card)

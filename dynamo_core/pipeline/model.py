@@ -56,6 +56,8 @@ class ServedModel:
         self._make_dispatcher = dispatcher
         self._migration = migration
         self._metrics = metrics
+        self._serving: frozenset[Role] = frozenset()
+        """Roles that have a proven worker. Kept, because every request asks."""
         self._last_left: float | None = None
         self._active: set[str] = set()
 
@@ -95,11 +97,11 @@ class ServedModel:
         return member
 
     def _count(self) -> None:
+        self._serving = frozenset(m.card.role for m in self.members.values() if m.proven)
         self._metrics.workers(sum(m.proven for m in self.members.values()), len(self.members))
 
     def not_ready(self) -> str | None:
-        present = {m.card.role for m in self.members.values() if m.proven}
-        if "aggregated" in present:
+        if "aggregated" in self._serving:
             return None
         if not self.members:
             ago = "" if self._last_left is None else f"; the last one left {time.monotonic() - self._last_left:.0f} s ago"
@@ -108,7 +110,7 @@ class ServedModel:
         if waiting:
             why = next((m.problem for m in waiting if m.problem), None)
             return f"{len(waiting)} of {len(self.members)} workers of model {self.name!r} have not answered their canary yet" + (f": {why}" if why else "")
-        roles = ", ".join(sorted(present))
+        roles = ", ".join(sorted(self._serving))
         return f"model {self.name!r} has only {roles} workers; an aggregated worker is missing"
 
     # -------------------------------------------------------------- requests
