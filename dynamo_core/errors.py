@@ -10,7 +10,9 @@
     │   ├── BodyTooLarge      413
     │   ├── BodyTooSlow       408
     │   ├── Unauthorized      401
+    │   ├── Forbidden         403
     │   └── RateLimited       429
+    │       └── QuotaExceeded 429, and asking again will not help
     ├── Unavailable           nobody's fault: 503 with Retry-After
     │   ├── NoWorker          503, no worker can take the request
     │   └── AllBusy           529, every worker is over its limit
@@ -145,7 +147,15 @@ class Unauthorized(RequestError):
     kind = "authentication_error"
 
 
+class Forbidden(RequestError):
+    code = "permission_denied"
+    status = 403
+    kind = "permission_error"
+
+
 class RateLimited(RequestError):
+    """The caller has used up what it may use for now; `retry_after` is in seconds."""
+
     code = "rate_limit_exceeded"
     status = 429
     kind = "rate_limit_error"
@@ -153,6 +163,13 @@ class RateLimited(RequestError):
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class QuotaExceeded(RateLimited):
+    """More than the caller may ever use at once: asking again gives the same answer."""
+
+    code = "insufficient_quota"
+    kind = "insufficient_quota"
 
 
 # ------------------------------------------------------------------ nobody

@@ -7,6 +7,7 @@
 from dynamo_core.config.load import build, check, load, load_with_plugins, plugins_for, structure
 from dynamo_core.config.origins import Setting, origins
 from dynamo_core.config.schema import (
+    Admin,
     Config,
     Frontend,
     Migration,
@@ -22,6 +23,7 @@ from dynamo_core.config.schema import (
 )
 
 __all__ = [
+    "Admin",
     "Config",
     "Frontend",
     "Migration",

@@ -25,6 +25,8 @@ def _config(config: Config) -> Iterator[Conflict]:
     frontend, status = config.frontend, config.status
     if frontend.port and status.enabled and frontend.port == status.port:
         yield ("status", "port"), f"status.port and frontend.port are both {frontend.port}", "leave status.port out: any free port is taken"
+    if frontend.admin is not None and frontend.port and frontend.admin.port == frontend.port:
+        yield ("frontend", "admin", "port"), f"frontend.admin.port and frontend.port are both {frontend.port}", "leave admin.port out: any free port is taken"
     if frontend.processes > 1:
         for name, use in (("discovery", config.discovery), ("request_plane", config.request_plane), ("event_plane", config.event_plane)):
             if use.name in ("memory", "in-process"):

@@ -88,6 +88,18 @@ class Tls:
 
 
 @attrs.frozen
+class Admin:
+    """An address of its own for `/metrics` and `/debug`, which the public one then does not have."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on; beyond loopback, set a key."""
+    port: int = attrs.field(default=0, validator=[v.ge(0), v.le(65535)])
+    """Of several processes, each takes the first free port from here on. 0: any free port, registered in discovery and logged."""
+    key: Secret | None = None
+    """Callers send it as `Authorization: Bearer KEY`; health stays open."""
+
+
+@attrs.frozen
 class Frontend:
     host: str = "127.0.0.1"
     """The address to listen on; beyond loopback, set an authenticator."""
@@ -119,6 +131,8 @@ class Frontend:
     """Clients may pin a request to an instance."""
     debug_routes: bool = True
     """`/debug/...`: decisions, workers, configuration. No prompts and no secrets."""
+    admin: Admin | None = None
+    """Takes `/metrics` and `/debug` away from the public address."""
 
 
 @attrs.frozen
@@ -194,6 +208,12 @@ class Migration:
 
 
 @attrs.frozen
+class Kv:
+    secret: Secret | None = None
+    """Seeds the names of KV blocks, the same for the whole fleet. Unset: the first process makes one and leaves it in the discovery store."""
+
+
+@attrs.frozen
 class Observability:
     log_level: str = attrs.field(default="info", validator=v.in_(["debug", "info", "warning", "error"]))
     """Less important lines are not logged."""
@@ -235,6 +255,8 @@ class Config:
     """The engines that `dynamo up` starts."""
     status: Status = attrs.field(factory=Status)
     """The status endpoint of roles without HTTP."""
+    kv: Kv = attrs.field(factory=Kv)
+    """How workers report what is in their KV caches."""
     observability: Observability = attrs.field(factory=Observability)
     """Logs and traces."""
     plugins: PluginSettings = attrs.field(factory=PluginSettings)

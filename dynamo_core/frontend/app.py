@@ -18,7 +18,7 @@ from dynamo_core.frontend.failure import Failure
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.frontend.respond import respond
 from dynamo_core.frontend.service import FinishedObserver, Service
-from dynamo_core.frontend.site import site
+from dynamo_core.frontend.site import admin_site, site
 from dynamo_core.pipeline.contract import Catalog
 
 COMPLETION_PATHS = {"/v1/chat/completions": Chat, "/v1/completions": Completions}
@@ -52,6 +52,11 @@ class App:
         self._stack: ASGIApp = self._dispatch
         for layer in reversed(middleware):
             self._stack = layer.cls(self._stack, *layer.args, **layer.kwargs)
+
+    @property
+    def admin(self) -> ASGIApp:
+        """The operators' side, for an address of its own (`frontend.admin`)."""
+        return admin_site(self._service)
 
     @property
     def in_progress(self) -> int:

@@ -1,4 +1,4 @@
-"""Who is calling: the seam for authenticators (kind `authenticator`). None is built in; without one everybody may call."""
+"""Who is calling: the contract of authenticators (kind `authenticator`). Without one everybody may call."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class Principal:
     """Beats the `x-tenant-id` header, which anybody can write."""
     subject: str | None = None
     """For the access log; never a credential."""
+    admin: bool = False
+    """May read `/debug`, where other tenants' requests are seen."""
 
 
 @runtime_checkable

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
+from collections.abc import AsyncGenerator
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from dynamo_core.config import build
-from dynamo_core.config.schema import Config
+from dynamo_core.config.schema import Config, Status
 from dynamo_core.frontend.app import create_app
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.observability import tracing
@@ -15,6 +20,7 @@ from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
 from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.runtime.status import serve_status
 from dynamo_core.runtime.worker_role import process_registry
 
 log = logging.getLogger(__name__)
@@ -28,7 +34,8 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
     registry = process_registry()
     try:
         async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, registry) as catalog:
-            app = create_app(settings, catalog, metrics=HttpMetrics(registry))
+            authenticator: Any = build(settings.authenticator, "authenticator", plugins) if settings.authenticator else None
+            app = create_app(settings, catalog, metrics=HttpMetrics(registry), authenticator=authenticator)
             scheme = "https" if settings.tls else "http"
 
             def listening(port: int) -> None:
@@ -40,9 +47,34 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
             registered: list[asyncio.Task[None]] = []
             if settings.host not in ("127.0.0.1", "localhost", "::1") and settings.authenticator is None:
                 log.warning("listening beyond this machine (%s) without authentication: anybody who reaches it can use it", settings.host)
-            await server.serve(app, host=settings.host, port=settings.port, tls=settings.tls, stop=stop, reuse_port=settings.processes > 1,
-                               on_listening=listening, drain_timeout=settings.drain_timeout)
+            async with _admin(config, app.admin, runtime):
+                await server.serve(app, host=settings.host, port=settings.port, tls=settings.tls, stop=stop, reuse_port=settings.processes > 1,
+                                   on_listening=listening, drain_timeout=settings.drain_timeout)
             await asyncio.gather(*registered, return_exceptions=True)
         return 0
     finally:
         tracing.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def _admin(config: Config, app: ASGIApp, runtime: Runtime) -> AsyncGenerator[None]:
+    """Serve the operators' side where the configuration wants it. :raises OSError: every port that it may take is taken."""
+    settings = config.frontend.admin
+    if settings is None:
+        yield
+        return
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and settings.key is None:
+        log.warning("metrics and debug routes are open to anybody who reaches %s: frontend.admin.key is not set", settings.host)
+    last = settings.port + config.frontend.processes - 1 if settings.port else 0
+    async with contextlib.AsyncExitStack() as exits:
+        url = ""
+        for port in range(settings.port, last + 1):
+            try:
+                url = await exits.enter_async_context(serve_status(Status(settings.host, port), app))
+                break
+            except OSError as e:
+                if e.errno != errno.EADDRINUSE or port == last:
+                    raise
+        log.info("metrics and debug routes at %s", url)
+        await runtime.register("admin", lambda id: (names.of_status(config.namespace, "frontend-admin", id), url.encode()))
+        yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 
 from prometheus_client.exposition import choose_encoder
@@ -12,10 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dynamo_core.errors import DynamoError
+from dynamo_core.errors import DynamoError, Unauthorized
 from dynamo_core.frontend import debug, health, models, openapi
+from dynamo_core.frontend.exchange import request_id
 from dynamo_core.frontend.failure import Failure
+from dynamo_core.frontend.respond import respond
 from dynamo_core.frontend.service import Service
 
 log = logging.getLogger("dynamo.frontend")
@@ -24,26 +29,67 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 
 
 def site(service: Service, extra_routes: Sequence[BaseRoute]) -> Starlette:
-    def get(path: str, handler: Handler) -> Route:
-        async def endpoint(request: Request) -> Response:
-            return await handler(service, request)
-
-        return Route(path, endpoint, methods=["GET"])
-
+    get = partial(_get, service)
     routes: list[BaseRoute] = [
         get("/v1/models", models.all_models),
         get("/v1/models/{id:path}", models.one_model),
         get("/health", health.health),
         get("/live", health.live),
         get("/ready", health.ready),
-        get("/metrics", _metrics),
         get("/openapi.json", openapi.document),
         get("/docs", openapi.page),
     ]
+    if service.config.admin is None:
+        routes += _operators(service)
+    return _application([*routes, *extra_routes])
+
+
+def admin_site(service: Service) -> ASGIApp:
+    """What operators and their monitoring read, for an address of its own. All but health needs the key, if there is one."""
+    inner = _application([_get(service, "/health", health.health), _get(service, "/live", health.live), _get(service, "/ready", health.ready), *_operators(service)])
+    key = service.config.admin.key if service.config.admin else None
+    expected = b"Bearer " + key.encode() if key else b""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = dict(scope["headers"])
+            scope.setdefault("state", {})["request_id"] = request_id(headers.get(b"x-request-id"))
+            scope["admin"] = True
+            if key and scope["path"] not in _OPEN and not hmac.compare_digest(headers.get(b"authorization", b""), expected):
+                failure = Failure.of(Unauthorized("this address needs the key of frontend.admin.key"), "")
+                await respond(send, failure.status, failure.body, failure.headers)
+                return
+        await inner(scope, receive, send)
+
+    return guarded
+
+
+_OPEN = ("/health", "/live", "/ready")
+
+
+def _operators(service: Service) -> list[BaseRoute]:
+    routes: list[BaseRoute] = [_get(service, "/metrics", _metrics)]
     if service.config.debug_routes:
-        routes += [get("/debug/decisions/{id:path}", debug.decision), get("/debug/fleet", debug.fleet)]
+        for path, handler in (
+            ("/debug/decisions", debug.decisions),
+            ("/debug/decisions/{id:path}", debug.decision),
+            ("/debug/fleet", debug.fleet),
+            ("/debug/routers", debug.routers),
+        ):
+            routes.append(_get(service, path, handler))
+    return routes
+
+
+def _get(service: Service, path: str, handler: Handler) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return await handler(service, request)
+
+    return Route(path, endpoint, methods=["GET"])
+
+
+def _application(routes: Sequence[BaseRoute]) -> Starlette:
     # The handler of Exception is called by Starlette's outermost layer, which then raises again for the server's log; ours has it already.
-    return Starlette(routes=[*routes, *extra_routes], exception_handlers={HTTPException: _http_error, DynamoError: _dynamo_error, Exception: _dynamo_error})
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, DynamoError: _dynamo_error, Exception: _dynamo_error})
 
 
 async def _metrics(service: Service, request: Request) -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
@@ -24,6 +25,7 @@ from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
 from dynamo_core.pipeline.model import Member, ServedModel
 from dynamo_core.pipeline.observers import Watcher, tell
+from dynamo_core.pipeline.surroundings import Attachments
 from dynamo_core.preprocess.text import TextPreprocessor
 from dynamo_core.routing.ring import Ring
 from dynamo_core.routing.router import Router
@@ -54,6 +56,7 @@ class FleetCatalog:
         self._families = PipelineFamilies(registry)
         self._watch = FleetWatch(runtime, self._joined, self._left)
         self._feeds = EventFeeds(runtime)
+        self._attachments = Attachments(runtime)
         self._ring = Ring(self._config.router.decisions)
         build_stack(self._config.router, runtime.plugins)  # a stack that cannot start must not wait for its first worker to say so
 
@@ -72,6 +75,7 @@ class FleetCatalog:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await catalog._attachments.close()
             await catalog._feeds.close()
 
     # -------------------------------------------------------------- what the frontend asks
@@ -99,6 +103,13 @@ class FleetCatalog:
         decision = self._ring.get(decision_id)
         return None if decision is None else {**decision.to_dict(), "text": decision.render()}
 
+    def decisions(self, limit: int, since: float) -> list[dict[str, Any]]:
+        newest = itertools.takewhile(lambda decision: decision.time >= since, reversed(self._ring))
+        return [decision.summary() for decision in itertools.islice(newest, max(0, limit))]
+
+    def routers(self) -> dict[str, Any]:
+        return {f"{name}/{role}": dispatcher.router.status() for name, model in sorted(self._models.items()) for role, dispatcher in model.dispatchers.items()}
+
     def status(self) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
@@ -111,7 +122,7 @@ class FleetCatalog:
     def problems(self) -> dict[str, str]:
         """Named degraded states; empty when all is well."""
         refused = {f"worker {id & 0xFFFFFF:06x}": why for id, why in self._refused.items()}
-        return {**self._runtime.problems(), **self._watch.problems(), **refused, **self._feeds.problems()}
+        return {**self._runtime.problems(), **self._watch.problems(), **refused, **self._feeds.problems(), **self._attachments.problems()}
 
     # -------------------------------------------------------------- what discovery says
 
@@ -183,6 +194,7 @@ class FleetCatalog:
             stack = build_stack(self._config.router, self._runtime.plugins, role=role)
             router = Router(card.name, stack, role=role, seed=self._config.router.seed, ring=self._ring, observer=Watcher(metrics, self._runtime.plugins))
             self._feeds.add(router, instance.component)
+            self._attachments.follow(router, instance.component)
             return Dispatcher(router, self._runtime.channels, self._config.migration.inhibit)
 
         return ServedModel(card, preprocessor, dispatcher, self._config.migration, metrics)

@@ -98,6 +98,14 @@ class Catalog(Protocol):
         """
         ...
 
+    def decisions(self, limit: int, since: float) -> list[dict[str, Any]]:
+        """The latest decisions since a Unix time, newest first: id, request, time, worker, outcome."""
+        ...
+
+    def routers(self) -> dict[str, Any]:
+        """Each worker as each router sees it, with all facts, by `model/role`."""
+        ...
+
     def status(self) -> dict[str, Any]:
         """Models, workers, planes and degraded states, for `/health` and `/debug/fleet`."""
         ...

@@ -113,9 +113,9 @@ class Dispatcher:
                 pass
 
 
-def routing_request(request: Request, failed: Sequence[Worker] = ()) -> RoutingRequest:
+def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str | None = None) -> RoutingRequest:
     """What policies may know about this request."""
     return RoutingRequest(
         id=request.id, model=request.model, token_ids=request.token_ids, prompt_tokens=len(request.token_ids), hints=request.hints,
-        adapter=request.adapter, cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed),
+        adapter=request.adapter, cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant, media=request.media or (),
     )

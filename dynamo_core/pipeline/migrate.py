@@ -109,7 +109,7 @@ class TokenStream:
             leg.received(tokens, cached)
 
     async def _dispatch(self, request: Request) -> None:
-        leg = await self._dispatcher.dispatch(request, routing_request(request, self._failed), self._context, self._card.block_size)
+        leg = await self._dispatcher.dispatch(request, routing_request(request, self._failed, self._context.tenant), self._context, self._card.block_size)
         self._leg = leg
         self.decisions.append(leg.decision.id)
         self.workers.append(self._dispatcher.label(leg.worker))

@@ -140,7 +140,7 @@ class ServedModel:
 
     async def route(self, request: Request, context: Context) -> str:
         self._check(request)
-        return self.dispatcher("aggregated").router.dry_run(routing_request(request)).id
+        return self.dispatcher("aggregated").router.dry_run(routing_request(request, tenant=context.tenant)).id
 
     def _check(self, request: Request) -> None:
         """What must hold whoever built the request. :raises RequestError: the client's fault. :raises Unavailable: not ready."""

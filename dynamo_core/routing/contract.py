@@ -19,13 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import attrs
 
 from dynamo_core.cards import ModelCard, Role
 from dynamo_core.errors import UndeclaredFact
 from dynamo_core.types import Hints, Instance
+
+if TYPE_CHECKING:
+    from dynamo_core.events.contract import Publisher, Subscription
 
 T = TypeVar("T")
 
@@ -74,6 +77,10 @@ class RoutingRequest:
     max_tokens: int | None = None
     failed: tuple[Worker, ...] = ()
     """Workers that have already failed this request."""
+    media: Sequence[Mapping[str, Any]] = ()
+    """What the prompt holds besides text, for fact providers; policies see it empty."""
+    tenant: str | None = None
+    """On whose behalf, when it is known."""
 
 
 class Fleet:
@@ -267,3 +274,49 @@ class FollowsEvents(Protocol):
     def on_event(self, topic: str, publisher: int, payload: bytes) -> None: ...
 
     def on_gap(self, topic: str, publisher: int, missed: int) -> None: ...
+
+
+@runtime_checkable
+class Attached(Protocol):
+    """A provider that talks to the fleet: it asks workers, or shares what it knows with other routers.
+
+    Where there is no fleet, in virtual time, nobody calls these, and the provider must do without.
+    """
+
+    async def attach(self, surroundings: Surroundings) -> None:
+        """The router begins its work. It is not waited for: decisions may be made before this returns."""
+        ...
+
+    async def detach(self) -> None:
+        """The router ends, or its stack changed: stop every task. Called once for each `attach`, even one that failed."""
+        ...
+
+
+@runtime_checkable
+class Reports(Protocol):
+    def problems(self) -> Mapping[str, str]:
+        """Degraded states by name, for `/health`; empty when all is well. Cached state, no I/O."""
+        ...
+
+
+class Surroundings(Protocol):
+    """The fleet as a provider may use it. Topics are below the model's component, as in `FollowsEvents.topics`."""
+
+    id: int
+    """Of this process: its lease, and what it publishes under. It may change when the lease is lost."""
+    namespace: str
+    component: str
+    model: str
+    role: Role
+
+    async def call(self, instance: Instance, endpoint: str, payload: bytes, *, timeout: float) -> list[bytes]:
+        """Ask an endpoint beside the one that generates. :raises DynamoError: typed. :raises TimeoutError: no answer in time."""
+        ...
+
+    async def publisher(self, topic: str) -> Publisher: ...
+
+    async def subscribe(self, topic: str) -> Subscription: ...
+
+    async def secret(self, name: str) -> bytes:
+        """A secret that the whole namespace shares. :raises StoreUnavailable: it cannot be had now."""
+        ...

@@ -107,7 +107,8 @@ class Decision:
         chosen = "nobody" if self.worker is None else names[self.candidates[self._row()]]
         about = [
             f"decision   {self.id}" + ("  (dry run)" if self.dry_run else ""),
-            f"request    {request.id}  model {request.model}  {request.role}  {request.prompt_tokens} prompt tokens",
+            f"request    {request.id}  model {request.model}  {request.role}  {request.prompt_tokens} prompt tokens"
+            + (f"  tenant {request.tenant}" if request.tenant else ""),
             f"chosen     {chosen}{self._how_clear()}",
             f"stack      {self.stack}  generation {self.generation}  dice {self.seed:#x}",
             f"time       {datetime.fromtimestamp(self.time, UTC):%Y-%m-%d %H:%M:%S.%f} UTC",
@@ -162,6 +163,7 @@ class Decision:
                 "adapter": request.adapter,
                 "max_tokens": request.max_tokens,
                 "failed": [list(worker) for worker in request.failed],
+                "tenant": request.tenant,
             },
             "worker": self.worker and list(self.worker),
             "reason": self.reason,
@@ -184,6 +186,23 @@ class Decision:
             "outcome": self.outcome,
         }
 
+    def summary(self) -> dict[str, Any]:
+        """The decision without its reasons, fit for JSON: what a list shows."""
+        names = dict(zip(self.workers, self.labels, strict=True))
+        return {
+            "id": self.id,
+            "request": self.request.id,
+            "model": self.request.model,
+            "tenant": self.request.tenant,
+            "time": self.time,
+            "worker": self.worker and names.get(self.worker),
+            "served": self.dispatched and names.get(self.dispatched),
+            "outcome": self.outcome,
+            "dry_run": self.dry_run,
+            "candidates": len(self.candidates),
+            "rejected": len(self.rejected),
+        }
+
     def to_json(self) -> str:
         """One line; `from_json` gives back the same decision, to the bit."""
         return json.dumps(self.to_dict(), allow_nan=False, separators=(",", ":"))
@@ -198,7 +217,7 @@ class Decision:
                 id=raw["id"],
                 request=RoutingRequest(
                     request["id"], request["model"], (), request["prompt_tokens"], request["role"], msgspec.convert(request["hints"], Hints),
-                    request["adapter"], None, request["max_tokens"], tuple(Worker(*worker) for worker in request["failed"]),
+                    request["adapter"], None, request["max_tokens"], tuple(Worker(*worker) for worker in request["failed"]), request.get("tenant"),
                 ),
                 worker=_worker(raw["worker"]),
                 workers=tuple(Worker(*worker) for worker in raw["workers"]),

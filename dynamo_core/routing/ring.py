@@ -30,6 +30,10 @@ class Ring:
         """Oldest first."""
         return (decision for decision, _ in self._order)
 
+    def __reversed__(self) -> Iterator[Decision]:
+        """Newest first."""
+        return (decision for decision, _ in reversed(self._order))
+
     def get(self, key: str) -> Decision | None:
         """By decision id, or the latest decision of the request with this id."""
         return self._by_id.get(key) or self._by_request.get(key)

@@ -31,6 +31,7 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
             log.info("received %s, draining", signal.Signals(number).name)
             stop.set()
 
+        raise_file_limit()
         if os.environ.get("DYNAMO_SUPERVISED"):
             _end_with_parent()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -43,6 +44,24 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(body())
+
+
+def raise_file_limit() -> None:
+    """As many open files as this user may have: each client and each worker is one, and the usual default of 1,024 is soon reached."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as e:
+            log.warning("no more than %d files can be open at once: %s", soft, e)
+
+
+_MANY_FILES = 1 << 20
 
 
 def _end_with_parent() -> None:

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from dynamo_core.config.schema import Status
 from dynamo_core.errors import DynamoError, RequestError
@@ -55,7 +56,7 @@ def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: C
 
 
 @contextlib.asynccontextmanager
-async def serve_status(settings: Status, app: Starlette) -> AsyncGenerator[str]:
+async def serve_status(settings: Status, app: ASGIApp) -> AsyncGenerator[str]:
     """Serve until left; yields the URL. Port 0 takes any free port."""
     listener = socket.create_server((settings.host, settings.port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     host, port = listener.getsockname()[:2]
