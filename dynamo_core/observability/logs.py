@@ -29,7 +29,8 @@ def setup(level: str = "info", style: str = "auto", *, role: str = "") -> None:
         shared.append(name_role)
     final: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if console:
-        final.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+        # The default formatter of tracebacks shows local variables: prompts and keys among them.
+        final.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback))
     else:
         final += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(sys.stderr)

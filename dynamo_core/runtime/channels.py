@@ -33,6 +33,8 @@ class Channels:
         return await asyncio.shield(task)
 
     async def _connect(self, address: str) -> Channel:
+        for other in [other for other, channel in self._open.items() if channel.closed]:
+            del self._open[other]  # workers come and go, each at an address of its own
         try:
             channel = self._open[address] = await self._plane.connect(address)
             return channel

@@ -46,6 +46,10 @@ class WorkerMetrics:
         self._prompt.inc(prompt_tokens)
         self._output.inc(output_tokens)
 
+    def refused(self, code: str) -> None:
+        """A request that was not taken."""
+        self._requests.labels(**self._labels, outcome=code).inc()
+
     def load(self, load: Load) -> None:
         labels = {**self._labels, "dp_rank": str(load.dp_rank)}
         self._running.labels(**labels).set(load.running)

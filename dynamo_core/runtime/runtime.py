@@ -71,9 +71,9 @@ class Runtime:
         runtime = cls(config, plugins, discovery, build(config.request_plane, "request_plane", plugins), build(config.event_plane, "event_plane", plugins))
         async with discovery:
             runtime.lease = await discovery.lease(config.lease_ttl)
-            await runtime._start_events()
-            runtime._keeper = asyncio.create_task(runtime._keep_lease(), name="lease")
             try:
+                await runtime._start_events()
+                runtime._keeper = asyncio.create_task(runtime._keep_lease(), name="lease")
                 yield runtime
             finally:
                 await runtime._close()
@@ -170,15 +170,21 @@ class Runtime:
 
     async def _renew(self) -> None:
         lease = await self.discovery.lease(self.config.lease_ttl)
-        async with self._registering:
-            self.lease = lease
-            if self._events_started:
-                await self._event_plane.stop()
-            await self._start_events()
-            for again in self._on_new_lease:
-                await again()
-            for name in list(self._records):
-                await self._put(name)
+        try:
+            async with self._registering:
+                self.lease = lease
+                if self._events_started:
+                    await self._event_plane.stop()
+                await self._start_events()
+                for again in self._on_new_lease:
+                    await again()
+                for name in list(self._records):
+                    await self._put(name)
+        except BaseException:
+            # Half of our records under a lease that somebody keeps alive would be a ghost: the next attempt has a lease of its own.
+            with contextlib.suppress(Exception):
+                await lease.revoke()
+            raise
 
     def problems(self) -> dict[str, str]:
         """Named degraded states of the planes; empty when all is well."""

@@ -118,7 +118,11 @@ class Worker:
             raise EngineFailed(f"the request does not decode: {e}") from e
         if self.dead.is_set():
             raise EngineDead(self._problem or "the engine died")
-        admission.enter(context)
+        try:
+            admission.enter(context)
+        except DynamoError as e:
+            metrics.refused(e.code)
+            raise
         span = tracing.start("engine.generate", context.traceparent, {"request.id": request.id, "prompt.tokens": len(request.token_ids)})
         started = time.perf_counter()
         tokens = 0
@@ -215,12 +219,12 @@ class Worker:
                 continue
             try:
                 await self.probe()
-            except DynamoError as e:
+            except Exception as e:  # an engine may break in any way, and the next probe is due all the same
                 if self.dead.is_set():
                     return
                 if self._problem is None:
                     log.error("worker %s does not answer its canary and leaves discovery: %s", self.settings.name, e)
-                self._problem = f"canary: {e}"
+                self._problem = f"canary: {e or type(e).__name__}"
                 if self._visible:
                     self._visible = False
                     await self.runtime.withdraw(self.settings.name, names.GENERATE)
