@@ -144,12 +144,17 @@ class Scheduler:
             chunks = [chunk for chunk in chunks if chunk[0].place == "prefill"]
         elif self._waiting:
             self._admit(budget, chunks)
-        prefill_tokens = sum(count for _, count in chunks)
-        duration = self._timing.step_ms(prefill_tokens, len(decodes), self.pool.used) if decodes or chunks else 0.0
+        context = 0
         for sequence in decodes:
             sequence.computed += 1
+            context += sequence.computed
             if not sequence.room:
                 self._share_full_blocks(sequence)
+        prefill_tokens = sum(count for _, count in chunks)
+        duration = 0.0
+        if decodes or chunks:
+            attention = sum(count * (sequence.computed + count / 2) for sequence, count in chunks)
+            duration = self._timing.step_ms(prefill_tokens, len(decodes), context / self.limits.block_size, attention)
         for sequence, count in chunks:
             sequence.computed += count
             self._share_full_blocks(sequence)
