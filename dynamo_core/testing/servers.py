@@ -62,7 +62,8 @@ class Authority:
         key, request, cert, extensions = (self.folder / f"{name}.{kind}" for kind in ("key", "csr", "pem", "ext"))
         extensions.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
         self._openssl("req", "-new", *self._new_key(key), "-subj", f"/CN={name}", "-out", request)
-        self._openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self._key, "-CAcreateserial", "-days", "2", "-extfile", extensions, "-out", cert)
+        self._openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self._key, "-CAcreateserial", "-days", "2",
+                      "-extfile", extensions, "-out", cert)
         return cert, key
 
     @staticmethod
@@ -174,9 +175,10 @@ class EtcdCluster(Cluster):
         if tls and tls.require_client_cert:
             secure += ["--client-cert-auth", "--trusted-ca-file", str(tls.ca)]
         self.nodes = [
-            Node([binary("etcd", "etcd-server"), "--name", f"n{i}", "--data-dir", str(folder / f"n{i}"), "--initial-cluster", together, "--initial-cluster-state", "new",
+            Node([binary("etcd", "etcd-server"), "--name", f"n{i}", "--data-dir", str(folder / f"n{i}"), "--log-level", "warn",
+                  "--initial-cluster", together, "--initial-cluster-state", "new", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
                   "--listen-client-urls", endpoint, "--advertise-client-urls", endpoint, "--listen-peer-urls", f"http://127.0.0.1:{peer}",
-                  "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}", "--log-level", "warn", *secure, *options], folder / f"n{i}", folder / f"n{i}.log")
+                  *secure, *options], folder / f"n{i}", folder / f"n{i}.log")
             for i, (endpoint, peer) in enumerate(zip(self.endpoints, peers, strict=True))
         ]
         self._password = password
@@ -239,9 +241,10 @@ class EtcdCluster(Cluster):
 
 
 class NatsCluster(Cluster):
-    """One node or several, with JetStream. `authorization` is the text of that block of the configuration, in which `accounts` may stand as well."""
+    """One node or several, with JetStream. `more` is text for the configuration of each: `authorization { ... }`, `accounts { ... }`."""
 
-    def __init__(self, folder: Path, *, nodes: int = 1, tls: ServerTls | None = None, authorization: str = "", jetstream: bool = True, max_payload: int | None = None) -> None:
+    def __init__(self, folder: Path, *, nodes: int = 1, tls: ServerTls | None = None, more: str = "", jetstream: bool = True,
+                 max_payload: int | None = None) -> None:
         folder.mkdir(parents=True)
         clients, routes, monitors = ([free_port() for _ in range(nodes)] for _ in range(3))
         self.servers = [f"{'tls' if tls else 'nats'}://127.0.0.1:{port}" for port in clients]
@@ -251,7 +254,7 @@ class NatsCluster(Cluster):
         self.nodes = []
         for i in range(nodes):
             path = folder / f"n{i}.conf"
-            lines = [f'server_name: "n{i}"', f'listen: "127.0.0.1:{clients[i]}"', f'http: "127.0.0.1:{monitors[i]}"', authorization]
+            lines = [f'server_name: "n{i}"', f'listen: "127.0.0.1:{clients[i]}"', f'http: "127.0.0.1:{monitors[i]}"', more]
             if jetstream:
                 lines.append(f'jetstream {{ store_dir: "{folder / f"n{i}"}", max_memory_store: 256MB, max_file_store: 1GB }}')
             if nodes > 1:

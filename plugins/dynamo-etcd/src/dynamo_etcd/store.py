@@ -139,7 +139,7 @@ class EtcdDiscovery:
 
     async def lease(self, ttl: float = LEASE_TTL) -> EtcdLease:
         try:
-            lease = await EtcdLease.grant(self._call(), ttl, lambda ended: self._leases.pop(ended.id, None))
+            lease = await EtcdLease.grant(self._call(), ttl, self._ended)
         except Refused as e:
             raise self._refused("a lease", e) from e
         self._leases[lease.id] = lease
@@ -170,6 +170,9 @@ class EtcdDiscovery:
                 lease.check()
         self._revision = answer.header.revision
 
+    def _ended(self, lease: EtcdLease) -> None:
+        self._leases.pop(lease.id, None)
+
     def _call(self) -> Gateway:
         if self._pinger is None:
             raise StoreUnavailable("etcd discovery is not open")
@@ -183,9 +186,11 @@ class EtcdDiscovery:
 
     def _refused_us(self, because: Refused) -> Exception:
         if because.code == PERMISSION_DENIED:
-            return ConfigError(Problem(f"etcd user {self.user!r} may not read keys that begin with {self.prefix!r}", remedy="grant its role READWRITE on that prefix"))
-        if because.code == INVALID_ARGUMENT and self.user is None:
+            return ConfigError(Problem(f"etcd user {self.user!r} may not read keys that begin with {self.prefix!r}",
+                                       remedy="grant its role READWRITE on that prefix"))
+        if because.code != INVALID_ARGUMENT:
+            return self._refused("us", because)
+        if self.user is None:
             return ConfigError(Problem(f"etcd at {self.endpoints[0]} asks who we are: {because}", remedy="set `user` and `password` of the discovery store"))
-        if because.code == INVALID_ARGUMENT:
-            return ConfigError(Problem(f"etcd at {self.endpoints[0]} does not let user {self.user!r} in: {because}", remedy="check `user` and `password` of the discovery store"))
-        return self._refused("us", because)
+        return ConfigError(Problem(f"etcd at {self.endpoints[0]} does not let user {self.user!r} in: {because}",
+                                   remedy="check `user` and `password` of the discovery store"))
