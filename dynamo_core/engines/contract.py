@@ -39,6 +39,8 @@ class BlocksStored:
     """`device`, `host`, `disk` or `external`."""
     adapter: str | None = None
     cache_salt: str | None = None
+    media: Sequence[Sequence[int | str | bytes]] = ()
+    """For each block, digests of the media that reach into it. They must be those that requests carry (`Request.media`, key `digest`)."""
 
 
 @attrs.frozen

@@ -302,12 +302,22 @@ class Reports(Protocol):
 class Surroundings(Protocol):
     """The fleet as a provider may use it. Topics are below the model's component, as in `FollowsEvents.topics`."""
 
-    id: int
-    """Of this process: its lease, and what it publishes under. It may change when the lease is lost."""
-    namespace: str
-    component: str
-    model: str
-    role: Role
+    @property
+    def id(self) -> int:
+        """Of this process: its lease, and what it publishes under. It may change when the lease is lost."""
+        ...
+
+    @property
+    def namespace(self) -> str: ...
+
+    @property
+    def component(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def role(self) -> Role: ...
 
     async def call(self, instance: Instance, endpoint: str, payload: bytes, *, timeout: float) -> list[bytes]:
         """Ask an endpoint beside the one that generates. :raises DynamoError: typed. :raises TimeoutError: no answer in time."""

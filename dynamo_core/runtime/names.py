@@ -19,6 +19,9 @@ PROBE = "probe"
 CONTROL = "control"
 """Operator actions of the engine: sleep, wake, profile, ..."""
 
+KV_STATE = "kv_state"
+"""Sends news of the KV cache again, or the whole picture: `dynamo_core.kv.wire`."""
+
 
 def instances(namespace: str) -> str:
     return f"v1/instances/{namespace}/"

@@ -22,10 +22,12 @@ from dynamo_core.engines.contract import Controls, Drains, Engine, EngineContext
 from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestError, WorkerDraining
 from dynamo_core.events.contract import Publisher
 from dynamo_core.observability import tracing
-from dynamo_core.runtime import kv_wire, names
+from dynamo_core.runtime import names
 from dynamo_core.runtime.admission import Admission
 from dynamo_core.runtime.metrics import WorkerMetrics
-from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.runtime.relay import KvRelay
+from dynamo_core.runtime.runtime import EndpointHandler, Runtime
+from dynamo_core.runtime.shared_secret import shared_secret
 from dynamo_core.types import Load, Output, Request, Sampling, Stops
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,9 @@ class Worker:
         self._problem: str | None = None
         self._loop = asyncio.get_running_loop()
         self._publishers: dict[str, Publisher] = {}
+        self._relay: KvRelay | None = None
+        self._early: list[tuple[Sequence[KvEvent], int]] = []
+        """What the engine reported of its KV cache before its card was there."""
         self._probe: asyncio.Task[None] | None = None
         self._canary: asyncio.Task[None] | None = None
         self._visible = False
@@ -76,9 +81,16 @@ class Worker:
         if self.settings.role:
             card = msgspec.structs.replace(card, role=self.settings.role)
         self.card = card
-        await self.runtime.serve(self.settings.name, {
+        endpoints: dict[str, EndpointHandler] = {
             names.GENERATE: self.generate, names.ARTIFACT: self._artifact, names.PROBE: self._answer_probe, names.CONTROL: self._control,
-        })
+        }
+        if card.kv_events:
+            self._relay = KvRelay(card, await shared_secret(self.runtime, "kv"), lambda payload: self._publish("kv", payload))
+            endpoints[names.KV_STATE] = self._relay.answer
+            for events, dp_rank in self._early:
+                self._relay.reported(events, dp_rank)
+        self._early.clear()
+        await self.runtime.serve(self.settings.name, endpoints)
         self._progress("canary", None)
         await self.probe()
         await self._announce()
@@ -134,6 +146,8 @@ class Worker:
                 tokens += len(output.token_ids)
                 yield output
             outcome = "done"
+            if self._relay is not None:
+                self._relay.prompted(len(request.token_ids))
         except GeneratorExit:
             raise
         except asyncio.CancelledError:
@@ -242,12 +256,18 @@ class Worker:
         elif self.card is None:
             phase, fraction = self.phase
             found["starting"] = phase if fraction is None else f"{phase} {fraction:.0%}"
-        return found
+        return found | (self._relay.problems() if self._relay else {})
 
     # -------------------------------------------------------------- what the engine reports, from any thread
 
     def _kv_events(self, events: Sequence[KvEvent], dp_rank: int) -> None:
-        self._in_loop(lambda: self._publish("kv", kv_wire.encode(events, dp_rank)))
+        self._in_loop(lambda: self._changed(events, dp_rank))
+
+    def _changed(self, events: Sequence[KvEvent], dp_rank: int) -> None:
+        if self._relay is not None:
+            self._relay.reported(events, dp_rank)
+        elif self.card is None:
+            self._early.append((events, dp_rank))
 
     def _load(self, load: Load) -> None:
         self._in_loop(lambda: self._report(load))
@@ -307,6 +327,8 @@ class Worker:
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
+        if self._relay is not None:
+            self._relay.close()
         await self.engine.stop()
 
 

@@ -1,0 +1,16 @@
+"""Routing by what the workers hold in their KV caches."""
+
+from dynamo_core.hookspecs import hookimpl
+from dynamo_core.plugins import Registry
+
+
+@hookimpl
+def dynamo_register(registry: Registry) -> None:
+    registry.facts("kv-index", "dynamo_kv_router.provider:KvIndex", summary="how much of the prompt each worker holds, by tier, and whether to believe it")
+    registry.scorer("kv-overlap", "dynamo_kv_router.overlap:KvOverlap", summary="prefers the worker that holds most of the prompt")
+    registry.facts("kv-load", "dynamo_kv_router.load:KvLoad", summary="prompt blocks of requests in progress, shared ones counted once")
+    registry.facts("engine-model", "dynamo_kv_router.model:EngineModel", summary="work in milliseconds, by prices learned from the engines")
+    registry.scorer("kv-cost", "dynamo_kv_router.cost:KvCost", summary="Dynamo's cost function: prefill less credit for cache, and blocks in use")
+    registry.scorer("kv-plus", "dynamo_kv_router.plus:KvPlus", summary="the time that the request costs, its own and that of others")
+    registry.policy("kv", "dynamo_kv_router.presets:Kv", summary="Dynamo's KV routing, with all its weights")
+    registry.policy("kv-plus", "dynamo_kv_router.presets:KvPlusPreset", summary="KV routing by learned engine times")
