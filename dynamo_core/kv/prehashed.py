@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dynamo_core.kv.hashing import Keys
+import numpy as np
+from numpy.typing import NDArray
+
+Keys = NDArray[np.uint64]
+"""One 64-bit key for each full block of a prompt."""
 
 
 class Prehashed(Sequence[int]):
     """Stands for `RoutingRequest.token_ids`. It has a length and keys; whoever asks for a token gets a `TypeError`."""
 
-    __slots__ = ("_tokens", "block_size", "keys")
+    __slots__ = ("_block_size", "_keys", "_tokens")
 
     def __init__(self, keys: Keys, tokens: int, block_size: int) -> None:
-        """:param keys: one for each full block, as `Hasher.keys` would give them. :param tokens: length of the prompt."""
+        """:param keys: one for each full block; any secret, adapter and salt are part of them already. :param tokens: length of the prompt."""
         if len(keys) != tokens // block_size:
             raise ValueError(f"{tokens} tokens are {tokens // block_size} full blocks of {block_size}, and there are {len(keys)} keys")
-        self.keys = keys
-        self.block_size = block_size
+        self._keys = keys
+        self._block_size = block_size
         self._tokens = tokens
+
+    def keys_of(self, block_size: int) -> Keys:
+        """:raises ValueError: the keys are of blocks of another size."""
+        if block_size != self._block_size:
+            raise ValueError(f"this prompt has keys for blocks of {self._block_size} tokens, not of {block_size}")
+        return self._keys
 
     def __len__(self) -> int:
         return self._tokens

@@ -34,7 +34,7 @@ class Polynomial:
             ms += (4.209989e-7 * prefill_tokens + 1.518344e-2) * prefill_tokens + 16.50142
         if decodes:
             share = min(1.0, read_blocks / self.total_blocks)
-            ms += (-25.75872 * share + 54.01013) * share + 5.74
+            ms += (-25.74 * share + 54.01) * share + 5.74
         return ms
 
     def decode_ms(self, decodes: int, read_blocks: float, growth: float, steps: int) -> float:
@@ -45,7 +45,7 @@ class Polynomial:
             full, steps = steps - free, free
         a, b = read_blocks / total, growth / total
         first, second = steps * (steps - 1) / 2.0, (steps - 1) * steps * (2 * steps - 1) / 6.0
-        return -25.75872 * (a * a * steps + 2 * a * b * first + b * b * second) + 54.01013 * (a * steps + b * first) + 5.74 * steps + 33.99141 * full
+        return -25.74 * (a * a * steps + 2 * a * b * first + b * b * second) + 54.01 * (a * steps + b * first) + 5.74 * steps + 34.01 * full
 
 
 @attrs.frozen

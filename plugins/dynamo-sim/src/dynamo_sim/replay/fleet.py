@@ -51,9 +51,9 @@ class Routers:
         self._indexes: list[Any] = [part.component for router in self.routers for part in router.providers if hasattr(part.component, "apply")]
         self.takes_changes = bool(self._indexes)
 
-    def request(self, number: int, names: NDArray[np.uint64], prompt: int, output: int, block_size: int, session: int) -> RoutingRequest:
+    def request(self, number: int, names: NDArray[np.uint64], prompt: int, block_size: int, session: int) -> RoutingRequest:
         hints = _NO_HINTS if session < 0 else Hints(session=str(session))
-        return RoutingRequest(str(number), MODEL, Prehashed(names, prompt, block_size), prompt, hints=hints, max_tokens=output)
+        return RoutingRequest(str(number), MODEL, Prehashed(names, prompt, block_size), prompt, hints=hints)
 
     def route(self, number: int, request: RoutingRequest) -> tuple[int, int] | None:
         """Choose and book: the worker's row, and the prompt tokens that it is believed to have. `None`: nobody can take it now."""
@@ -75,10 +75,9 @@ class Routers:
     def changed(self, row: int, changes: Sequence[tuple[bool, NDArray[np.uint64]]]) -> None:
         """A cache changed: (stored or removed, keys)."""
         worker = self.workers[row]
-        for stored, keys in changes:
-            change = Change(Op.ADD if stored else Op.REMOVE, 0, keys)
-            for index in self._indexes:
-                index.apply(worker, change)
+        told = [Change(Op.ADD if stored else Op.REMOVE, 0, keys) for stored, keys in changes]
+        for index in self._indexes:
+            index.apply(worker, told)
 
     def reported(self, row: int, load: Load) -> None:
         payload = self._encode(load)

@@ -193,7 +193,7 @@ class _Run:
             return
         self._hear(now)
         session = -1 if trace.session is None else int(trace.session[number])
-        request = self.routers.request(number, names, prompt, output, size, session)
+        request = self.routers.request(number, names, prompt, size, session)
         if not self._send(request, number, Job(number, prompt, output, names), now):
             self._end(number, now)
 
