@@ -22,7 +22,10 @@ def _event(data: bytes) -> bytes:
 
 _TOKEN = _event(_START + b'[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"usage":null}')
 _FINAL = _event(_START + b'[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}')
-_UNARY = b'{"id":"chatcmpl-0","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"%b"},"finish_reason":"length"}],"usage":%b}'
+_UNARY = (
+    b'{"id":"chatcmpl-0","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"%b"},"finish_reason":"length"}],'
+    b'"usage":%b}'
+)
 
 
 class Stream:

@@ -10,6 +10,7 @@ import argparse
 import array
 import asyncio
 import gc
+import itertools
 import json
 import random
 import re
@@ -37,26 +38,25 @@ _USAGE_FROM_END = 1500
 
 
 class Prompts:
-    """Request bytes. Each prompt starts with a number of its own, so that no prefix repeats."""
+    """Request bytes. Each prompt is a number of its own and a stretch of a long text from anywhere in it, so that neither a beginning nor
+    a paragraph is seen twice; single words are."""
 
     def __init__(self, port: int, model: str, count: int, max_tokens: int, stream: bool, seed: int) -> None:
-        dice = random.Random(seed)
-        vocabulary = words()
+        self._dice = dice = random.Random(seed)
         options: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
         if stream:
             options["stream_options"] = {"include_usage": True}
-        before = b'{"messages":[{"role":"user","content":"'
-        self._parts: list[tuple[bytes, bytes]] = []
-        for _ in range(32):
-            after = (" " + " ".join(dice.choices(vocabulary, k=count)) + '"}],' + json.dumps(options)[1:]).encode()
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-            self._parts.append(((head % (len(before) + 7 + len(after))).encode() + before, after))
-        self._number = dice.randrange(1_000_000, 9_000_000)
+        self._head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\ncontent-length: "
+        self._tail = '"}],' + json.dumps(options)[1:]
+        chosen = dice.choices(words(), k=40 * count)
+        self._text = " ".join(chosen)
+        starts = [0, *itertools.accumulate(len(word) + 1 for word in chosen)]
+        self._stretches = [(starts[i], starts[i + count] - 1) for i in range(len(chosen) - count)]
 
     def next(self) -> bytes:
-        self._number = (self._number + 7919 - 1_000_000) % 9_000_000 + 1_000_000
-        head, tail = self._parts[self._number % 32]
-        return b"%b%d%b" % (head, self._number, tail)
+        start, end = self._dice.choice(self._stretches)
+        body = f'{{"messages":[{{"role":"user","content":"{self._dice.randrange(10**6, 10**7)} {self._text[start:end]}{self._tail}'
+        return f"{self._head}{len(body)}\r\n\r\n{body}".encode()
 
 
 class Tally:
@@ -223,7 +223,7 @@ class Load:
         self.running = False
         window = time.perf_counter() - start
         deadline = time.perf_counter() + DRAIN
-        while self.in_flight and time.perf_counter() < deadline:
+        while self.in_flight and time.perf_counter() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         elapsed = time.perf_counter() - start
         own = time.process_time() - own

@@ -43,8 +43,8 @@ def idle(running: Running, seconds: float) -> dict[str, float]:
 def load(running: Running, scenario: Scenario, seed: int, speed: float) -> dict[str, Any]:
     """Run the load generator in a process of its own."""
     command = [
-        sys.executable, "-m", "benchmarks.loadgen", f"--port={running.port}", f"--model={MODEL}", f"--words={scenario.words}", f"--max-tokens={scenario.tokens}",
-        f"--at-once={scenario.at_once}", f"--seconds={scenario.seconds / speed}", f"--warm-up={scenario.warm_up / speed}", f"--seed={seed}",
+        sys.executable, "-m", "benchmarks.loadgen", f"--port={running.port}", f"--model={MODEL}",
+        f"--words={scenario.words}", f"--max-tokens={scenario.tokens}", f"--at-once={scenario.at_once}", f"--seconds={scenario.seconds / speed}", f"--warm-up={scenario.warm_up / speed}", f"--seed={seed}",
         *(["--unary"] if not scenario.stream else []),
         *(f"--group={role}={','.join(map(str, pids))}" for role, pids in running.groups.items()),
     ]
