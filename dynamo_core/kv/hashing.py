@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Keys = NDArray[np.uint64]
+from dynamo_core.kv.prehashed import Keys, Prehashed
+
 Content = Sequence[tuple[int, int]]
 """`(block, digest)`: what a block holds besides tokens, such as the image behind placeholder tokens."""
 
@@ -69,6 +70,8 @@ class Hasher:
         :raises OverflowError: a token id is negative or not a 64-bit number. :raises TypeError: one is not a number.
         """
         width = self.block_size
+        if type(token_ids) is Prehashed:
+            return token_ids.keys_of(width)
         tokens = np.frombuffer(array("Q", token_ids), _U) if type(token_ids) is list else np.asarray(token_ids, _U)
         start = _swapped(parent)
         depth = start & MAX_DEPTH
