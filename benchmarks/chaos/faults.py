@@ -1,0 +1,233 @@
+"""What can go wrong, one at a time. Each is a coroutine that hurts a running fleet, and returns when the cause is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import attrs
+
+from benchmarks.chaos.clients import SlowReaders
+from benchmarks.chaos.stage import LEASE_TTL, Role, Stage
+
+GRACE = 5.0
+"""Seconds beyond the lease in which a worker that is gone must have left every router."""
+
+
+@attrs.define
+class Harm:
+    """What a fault did, for the judgement."""
+
+    gone: set[str] = attrs.field(factory=set)
+    """Labels of workers that must not be chosen any more..."""
+    gone_since: float = 0.0
+    """...after this Unix time."""
+    may_break: bool = False
+    """Streams through a killed frontend end with it."""
+    may_wait: float = 0.0
+    """Seconds for which clients may wait because the fault itself holds their process still."""
+
+
+@attrs.frozen
+class Fault:
+    name: str
+    what: str
+    run: Callable[[Stage, random.Random, Harm], Awaitable[None]]
+    field: str = "file"
+    """On which stage: file, network, clock, etcd, nats."""
+    short: bool = False
+    """Part of the shortened suite."""
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(name: str, what: str, *, field: str = "file", short: bool = False) -> Callable[[Callable[[Stage, random.Random, Harm], Awaitable[None]]], None]:
+    def add(run: Callable[[Stage, random.Random, Harm], Awaitable[None]]) -> None:
+        FAULTS.append(Fault(name, what, run, field, short))
+
+    return add
+
+
+async def _kill_workers(stage: Stage, victims: list[Role], harm: Harm, down: float) -> None:
+    labels = await stage.labels()
+    harm.gone = {labels[role.pid] for role in victims if role.pid in labels}
+    for role in victims:
+        await role.kill()
+    harm.gone_since = time.time() + LEASE_TTL + GRACE
+    await asyncio.sleep(down)
+    for role in victims:
+        await role.start()
+
+
+@fault("worker killed", "`kill -9` of one worker; started again 2 s later", short=True)
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    await _kill_workers(stage, [dice.choice(stage.workers)], harm, 2.0)
+
+
+@fault("all workers but one killed", "`kill -9`, at once; started again 5 s later")
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    await _kill_workers(stage, dice.sample(stage.workers, len(stage.workers) - 1), harm, 5.0)
+
+
+@fault("frontend killed", "`kill -9` of one replica, with its router; started again 2 s later", short=True)
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.may_break = True
+    victim = dice.choice(stage.frontends)
+    await victim.kill()
+    await asyncio.sleep(2.0)
+    await victim.start()
+
+
+def _stop_for(seconds: float, kind: str) -> Callable[[Stage, random.Random, Harm], Awaitable[None]]:
+    async def run(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        victim = dice.choice(stage.workers if kind == "worker" else stage.frontends)
+        if kind == "frontend":
+            harm.may_wait = seconds
+        elif seconds > LEASE_TTL:
+            labels = await stage.labels()
+            harm.gone, harm.gone_since = {labels[victim.pid]}, time.time() + LEASE_TTL + GRACE
+        victim.send(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            victim.send(signal.SIGCONT)
+
+    return run
+
+
+for _seconds in (5, 15, 60):
+    fault(f"worker stopped for {_seconds} s", "`SIGSTOP`, then `SIGCONT`", short=_seconds == 15)(_stop_for(_seconds, "worker"))
+for _seconds in (5, 15, 60):
+    fault(f"frontend stopped for {_seconds} s", "`SIGSTOP`, then `SIGCONT`", short=_seconds == 5)(_stop_for(_seconds, "frontend"))
+
+
+@fault("workers restarted one after the other", "`SIGTERM`, start, wait until it serves; every worker", short=True)
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    for role in dice.sample(stage.workers, len(stage.workers)):
+        await role.end()
+        await role.start()
+        await stage.until_whole()
+
+
+@fault("frontends restarted one after the other", "`SIGTERM`, start, wait until it serves; every frontend", short=True)
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    for role in dice.sample(stage.frontends, len(stage.frontends)):
+        await role.end()
+        await role.start()
+        await stage.until_whole()
+
+
+# ------------------------------------------------------------------ the file store
+
+
+@fault("store directory gone", "the discovery directory is moved away for 30 s")
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    path: Path = stage.store
+    aside = path.with_name("aside")
+    path.rename(aside)
+    try:
+        await asyncio.sleep(30.0)
+    finally:
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+
+
+@fault("store directory wiped", "every file in the discovery directory is deleted", short=True)
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    for folder in ("keys", "leases", "tmp"):
+        shutil.rmtree(stage.store / folder)
+
+
+@fault("disk full", "the file system of the discovery directory has no byte left for 30 s, and one worker is killed meanwhile")
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    litter = stage.store.parent / "litter"
+    with litter.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    victim = dice.choice(stage.workers)
+    try:
+        labels = await stage.labels()
+        await victim.kill()
+        harm.gone, harm.gone_since = {labels[victim.pid]}, time.time() + LEASE_TTL + GRACE
+        await asyncio.sleep(30.0)
+    finally:
+        litter.unlink()
+    if victim.process is None or victim.process.returncode is not None:
+        await victim.start()
+
+
+# ------------------------------------------------------------------ clients and clocks
+
+
+@fault("slow readers", "100 clients ask for 20,000 tokens each and read nothing for 30 s", short=True)
+async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    async with SlowReaders(stage.load.port, 100, 20_000):
+        await asyncio.sleep(10.0 if stage.shape.streams < 100 else 30.0)
+
+
+def _clock(seconds: int) -> Callable[[Stage, random.Random, Harm], Awaitable[None]]:
+    async def run(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        (stage.folder / "clock").write_text(f"{seconds:+d}\n")
+        await asyncio.sleep(15.0)
+        (stage.folder / "clock").write_text("+0\n")
+
+    return run
+
+
+fault("clock an hour ahead", "the wall clock of every process jumps, and jumps back after 15 s", field="clock")(_clock(3600))
+fault("clock an hour back", "the wall clock of every process jumps, and jumps back after 15 s", field="clock")(_clock(-3600))
+
+
+# ------------------------------------------------------------------ the network to half of the workers
+
+
+def _network(seconds: float, **state: float) -> Callable[[Stage, random.Random, Harm], Awaitable[None]]:
+    async def run(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        stage.link.be(**state)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            stage.link.be()
+
+    return run
+
+
+fault("network cut for 5 s", "no packet passes between the frontends and half of the workers", field="network")(_network(5.0, up=False))
+fault("network cut for 30 s", "no packet passes between the frontends and half of the workers", field="network")(_network(30.0, up=False))
+fault("network slow", "200 ms more in each direction, to half of the workers, for 30 s", field="network")(_network(30.0, delay=0.2))
+fault("network loses packets", "5 % of the packets to and from half of the workers, for 30 s", field="network")(_network(30.0, loss=0.05))
+
+
+# ------------------------------------------------------------------ stores and planes that are servers
+
+
+async def _in_thread(call: Callable[[], object]) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, call)
+
+
+for _field in ("etcd", "nats"):
+
+    @fault(f"{_field}: leader lost", "`kill -9` of the leader of three; started again 10 s later", field=_field)
+    async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        await stage.store.lose_leader(10.0)
+
+    @fault(f"{_field}: all gone for a minute", "`kill -9` of all three; started again 60 s later", field=_field)
+    async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        await stage.store.lose_all(60.0)
+
+    @fault(f"{_field}: data wiped", "all three killed, their data deleted, started again", field=_field)
+    async def _(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        await stage.store.wipe()
+
+
+def process_is_gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
