@@ -1,0 +1,87 @@
+"""Scorer `kv-plus`: milliseconds. What the request would wait, cost, and make others wait on each worker; the score is that below zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+from attrs import validators as v
+
+from dynamo_core.routing.contract import Fleet, RoutingRequest
+from dynamo_core.routing.facts import OVERLAP_TOKENS, TAINTS
+from dynamo_kv_router.facts import DISK_OVERLAP_TOKENS, EXTERNAL_OVERLAP_TOKENS, HOST_OVERLAP_TOKENS
+from dynamo_kv_router.load_facts import (
+    ACTIVE_OVERLAP_TOKENS,
+    ATTENTION_MS,
+    BACKLOG,
+    CONTEXT,
+    DECODE_MS,
+    DECODING,
+    OUTPUT_TOKENS,
+    PASS_MS,
+    PREFILL_MS,
+    SEQUENCE_MS,
+)
+from dynamo_kv_router.taints import taint_factor
+
+
+def _weight(default: float) -> Any:
+    return attrs.field(default=default, validator=v.ge(0))
+
+
+@attrs.frozen
+class KvPlus:
+    """Prefers the worker on which the request costs least time, its own and that of others.
+
+        work = prefill of the tokens that are not cached there, as learned from the engines
+        cost = backlog + work * (1 + work_weight + slowdown_weight * decoding) + decode_weight * output * step cost of the context
+    """
+
+    work_weight: float = _weight(0.5)
+    """Of the work beyond the time that it takes: it delays requests that are yet to come, and fills a cache."""
+    slowdown_weight: float = _weight(0.02)
+    """Of the same work, for each request that decodes there and is delayed by it. Above this, answers end sooner and start later."""
+    decode_weight: float = _weight(0.03)
+    """Of the decode time that the request will spend, and costs others, because of the context on the worker."""
+    host_weight: float = _weight(0.75)
+    """Share of its prefill that a token in host memory saves."""
+    disk_weight: float = _weight(0.25)
+    """Share of its prefill that a token on disk saves."""
+    external_weight: float = _weight(0.25)
+    """Share of its prefill that a token in storage outside of the worker saves."""
+
+    scale = "raw"
+    needs = (
+        OVERLAP_TOKENS, HOST_OVERLAP_TOKENS, DISK_OVERLAP_TOKENS, EXTERNAL_OVERLAP_TOKENS, ACTIVE_OVERLAP_TOKENS, BACKLOG, DECODING, CONTEXT,
+        PASS_MS, PREFILL_MS, ATTENTION_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, TAINTS,
+    )
+
+    def score(self, request: RoutingRequest, fleet: Fleet) -> Sequence[float]:
+        prompt = float(request.prompt_tokens)
+        cached = np.maximum(_column(fleet[OVERLAP_TOKENS]), _column(fleet[ACTIVE_OVERLAP_TOKENS]))
+        for weight, fact in ((self.host_weight, HOST_OVERLAP_TOKENS), (self.disk_weight, DISK_OVERLAP_TOKENS), (self.external_weight, EXTERNAL_OVERLAP_TOKENS)):
+            if weight and any(held := fleet[fact]):
+                cached = cached + weight * _column(held)
+        # An engine computes the last token of a prompt always.
+        uncached = np.maximum(1.0, prompt - cached)
+        work = _column(fleet[PASS_MS]) + uncached * (_column(fleet[PREFILL_MS]) + _column(fleet[ATTENTION_MS]) * (prompt - 0.5 * uncached))
+        decoding = _column(fleet[DECODING])
+        cost = _column(fleet[BACKLOG]) + work * (1.0 + self.work_weight + self.slowdown_weight * decoding)
+        if self.decode_weight and request.role != "prefill":
+            output = self._output(request, _column(fleet[OUTPUT_TOKENS]))
+            step = _column(fleet[DECODE_MS]) * (_column(fleet[CONTEXT]) + 0.5 * decoding * prompt) + _column(fleet[SEQUENCE_MS]) * decoding * 1.5
+            cost = cost + self.decode_weight * output * step
+        if preferred := request.hints.preferred_taints:
+            cost = cost * taint_factor(preferred, fleet[TAINTS])
+        return -cost
+
+    def _output(self, request: RoutingRequest, mean: Any) -> Any:
+        if (expected := request.hints.expected_output_tokens) is not None:
+            return float(expected)
+        return mean if request.max_tokens is None else np.minimum(mean, float(request.max_tokens))
+
+
+def _column(values: Sequence[Any]) -> Any:
+    return np.asarray(values, dtype=np.float64)
