@@ -33,14 +33,14 @@ KINDS: Mapping[str, str] = {
     "discovery": "leased key/value store with prefix watch (dynamo_core.discovery.contract)",
     "event_plane": "publish and subscribe with sequence numbers (dynamo_core.events.contract)",
     "request_plane": "streams to named endpoints (dynamo_core.transport.contract)",
-    "preprocessor": "messages to tokens, or a wrapper around every request",
+    "preprocessor": "a wrapper around every request (dynamo_core.pipeline.around)",
     "tool_parser": "finds tool calls in generated text, incrementally",
     "reasoning_parser": "separates reasoning from the answer, incrementally",
     "authenticator": "who may call",
     "rate_limiter": "how much a caller may use",
     "http_server": "runs the ASGI application",
-    "routes": "more HTTP surface of the frontend",
-    "middleware": "ASGI middleware of the frontend",
+    "routes": "more HTTP surface of the frontend (dynamo_core.frontend.extensions)",
+    "middleware": "ASGI middleware of the frontend (dynamo_core.frontend.extensions)",
     "connector": "where the planner scales",
     "predictor": "what load the planner expects",
     "planner_stage": "how the planner decides",
@@ -161,6 +161,15 @@ class Registry:
 
     def http_server(self, name: str, target: str, **about: Any) -> None:
         self.add("http_server", name, target, **about)
+
+    def preprocessor(self, name: str, target: str, **about: Any) -> None:
+        self.add("preprocessor", name, target, **about)
+
+    def routes(self, name: str, target: str, **about: Any) -> None:
+        self.add("routes", name, target, **about)
+
+    def middleware(self, name: str, target: str, **about: Any) -> None:
+        self.add("middleware", name, target, **about)
 
     def cli(self, name: str, target: str, **about: Any) -> None:
         self.add("cli", name, target, **about)

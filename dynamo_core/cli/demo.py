@@ -16,6 +16,7 @@ from dynamo_core.cli.options import Overrides
 from dynamo_core.cli.screen import Screen
 from dynamo_core.config import load_with_plugins
 from dynamo_core.config.schema import Config
+from dynamo_core.errors import Unavailable
 from dynamo_core.plugins import Plugins
 
 QUESTIONS = ("What is 2 + 2?", "Write one sentence about the sea.", "Name three kinds of fruit.")
@@ -36,10 +37,11 @@ def demo(
 
     config, plugins = load_with_plugins(file, overrides=overrides)
     screen = Screen(sys.stdout, verbose=verbose)
-    return run_role(lambda stop: _demo(file, overrides, config, plugins, screen, max_tokens, timeout, stop))
+    return run_role(lambda stop: _demo(file, overrides, config, plugins, screen, verbose, max_tokens, timeout, stop))
 
 
-async def _demo(file: Path, overrides: tuple[str, ...], config: Config, plugins: Plugins, screen: Screen, max_tokens: int, timeout: float, stop: asyncio.Event) -> int:
+async def _demo(file: Path, overrides: tuple[str, ...], config: Config, plugins: Plugins, screen: Screen, verbose: bool, max_tokens: int, timeout: float,
+                stop: asyncio.Event) -> int:
     engines = ", ".join(f"{worker.count} x {worker.engine.name}" for worker in config.workers)
     screen.say(f"starting {file}: a frontend and {engines}")
     async with LocalStack.open(file, overrides, config, plugins, screen.line) as stack:
@@ -47,9 +49,8 @@ async def _demo(file: Path, overrides: tuple[str, ...], config: Config, plugins:
         showing = asyncio.create_task(_show(stack, screen, max_tokens, timeout))
         await asyncio.wait((stopping, showing), return_when=asyncio.FIRST_COMPLETED)
         if showing.done():
-            if showing.exception() is not None:
-                for line in screen.tail:
-                    screen.say(line)
+            if showing.exception() is not None and not verbose:
+                screen.say_tail()
             url = showing.result()
             if sys.stdout.isatty():
                 screen.say(f"\nserving until Ctrl-C:\n  {url}/v1/chat/completions\n  {url}/v1/models   {url}/metrics   {url}/debug/fleet\n  dynamo chat --url {url}")
@@ -64,6 +65,14 @@ async def _demo(file: Path, overrides: tuple[str, ...], config: Config, plugins:
 
 async def _show(stack: LocalStack, screen: Screen, max_tokens: int, timeout: float) -> str:
     url = await stack.wait_ready(screen.progress, timeout)
+    try:
+        await _talk(stack, screen, url, max_tokens)
+    except httpx.HTTPError as e:
+        raise Unavailable(f"the frontend at {url} does not answer: {type(e).__name__} {e}".rstrip()) from e
+    return url
+
+
+async def _talk(stack: LocalStack, screen: Screen, url: str, max_tokens: int) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         screen.say(f"{stack.wanted} workers serve {model} at {url}\n")
@@ -74,7 +83,6 @@ async def _show(stack: LocalStack, screen: Screen, max_tokens: int, timeout: flo
         answer = await client.get(f"/debug/decisions/{decision}")
         answer.raise_for_status()
         screen.say(answer.json()["text"])
-    return url
 
 
 async def _ask(client: httpx.AsyncClient, screen: Screen, model: str, question: str, max_tokens: int) -> str:
@@ -87,13 +95,13 @@ async def _ask(client: httpx.AsyncClient, screen: Screen, model: str, question: 
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
-            raise RuntimeError(f"the frontend answered {response.status_code}: {response.text}")
+            raise Unavailable(f"the frontend answered {response.status_code}: {response.text}")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             event = msgspec.json.decode(line[6:])
             if "error" in event:
-                raise RuntimeError(f"the stream broke: {event['error']['message']}")
+                raise Unavailable(f"the stream broke: {event['error']['message']}")
             usage = event.get("usage") or usage
             for choice in event["choices"]:
                 if text := choice["delta"].get("content"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from dynamo_core.cli.options import ConfigFile, Overrides
 from dynamo_core.cli.supervisor import Child, Supervisor
 from dynamo_core.config import load_with_plugins
 from dynamo_core.config.schema import Config
+from dynamo_core.frontend.servers.sockets import reserved_port
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,13 @@ def frontend(
 
 async def _several(config: Config, arguments: list[str], stop: asyncio.Event) -> int:
     """Processes that share the port, each with a router of its own."""
+    with contextlib.ExitStack() as held:
+        if not config.frontend.port:
+            arguments = [*arguments, f"--port={held.enter_context(reserved_port(config.frontend.host))}"]
+        return await _supervise(config, arguments, stop)
+
+
+async def _supervise(config: Config, arguments: list[str], stop: asyncio.Event) -> int:
     supervisor = Supervisor(lambda name, line: print(f"{name} | {line}", flush=True), grace=config.frontend.drain_timeout)
     for copy in range(config.frontend.processes):
         supervisor.start(Child(f"frontend-{copy}", arguments))

@@ -11,11 +11,12 @@ from typing import Any
 
 import httpx
 
-from dynamo_core.cli.supervisor import Child, Supervisor
+from dynamo_core.cli.supervisor import CONFIGURATION, Child, Supervisor
 from dynamo_core.config import build
 from dynamo_core.config.schema import Config
 from dynamo_core.discovery.contract import Discovery
-from dynamo_core.errors import ConfigError, DynamoError, Problem
+from dynamo_core.errors import ConfigError, DynamoError, Problem, Unavailable
+from dynamo_core.frontend.servers.sockets import reserved_port
 from dynamo_core.plugins import Plugins
 
 POLL = 0.1
@@ -28,6 +29,8 @@ class LocalStack:
         self.config = config
         self.supervisor = supervisor
         self._discovery = discovery
+        self._ready: set[int] = set()
+        """Process ids of frontends that have every worker."""
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -36,19 +39,27 @@ class LocalStack:
         if config.discovery.name == "memory" or config.request_plane.name == "in-process":
             raise ConfigError(Problem("`dynamo up` starts a process for each role, and they cannot meet through memory",
                                       config.discovery.where, remedy='use discovery = "file" and request_plane = "tcp"'))
+        settings = config.frontend
+        if settings.tls and settings.tls.client_ca and settings.admin is None:
+            raise ConfigError(Problem("`dynamo up` cannot ask a frontend that wants client certificates whether it is ready", "frontend.tls.client_ca",
+                                      remedy="add [frontend.admin]: an address of its own for health, metrics and debug"))
         grace = max([config.frontend.drain_timeout, *(worker.drain_timeout for worker in config.workers)])
         supervisor = Supervisor(say, grace=grace)
         shared = [*([str(path)] if path else []), *(f"--set={override}" for override in overrides)]
         discovery: Discovery = build(config.discovery, "discovery", plugins)
-        async with discovery:
+        frontend = ["frontend", *shared, "--single"]
+        async with contextlib.AsyncExitStack() as held:
+            await held.enter_async_context(discovery)
+            if settings.processes > 1 and not settings.port:
+                frontend.append(f"--port={held.enter_context(reserved_port(settings.host))}")
             stack = cls(config, discovery, supervisor)
             try:
                 for index, worker in enumerate(config.workers):
                     for copy in range(worker.count):
                         name = f"{worker.name}-{copy}" if len(config.workers) == 1 else f"{worker.name}-{index}.{copy}"
                         supervisor.start(Child(name, ["worker", *shared, f"--index={index}"], rank=1))
-                for copy in range(config.frontend.processes):
-                    supervisor.start(Child("frontend" if config.frontend.processes == 1 else f"frontend-{copy}", ["frontend", *shared, "--single"], rank=0))
+                for copy in range(settings.processes):
+                    supervisor.start(Child("frontend" if settings.processes == 1 else f"frontend-{copy}", frontend, rank=0))
                 yield stack
             finally:
                 await supervisor.stop()
@@ -67,14 +78,14 @@ class LocalStack:
     async def wait_ready(self, progress: Callable[[str], None], timeout: float) -> str:
         """Return the frontend's URL once every worker of the file serves. `progress` gets one sentence at each change.
 
-        :raises ConfigError: a child ended for good. :raises TimeoutError: not ready within `timeout` seconds.
+        :raises ConfigError: a child ended because of its configuration. :raises Unavailable: one ended for good, or not ready within `timeout` seconds.
         """
         started, said = time.monotonic(), ""
-        async with httpx.AsyncClient(timeout=5.0, verify=False) as client:
+        async with httpx.AsyncClient(timeout=5.0, verify=False, headers={"connection": "close"}) as client:
             while True:
-                if self.supervisor.failed.is_set():
-                    ended = next(child for child in self.supervisor.children if child.exit_code is not None)
-                    raise ConfigError(Problem(f"{ended.name} ended with exit code {ended.exit_code}; its last lines say why"))
+                if (lost := self.supervisor.lost) is not None:
+                    what = f"{lost.name} ended with exit code {lost.exit_code}; its last lines say why"
+                    raise ConfigError(Problem(what)) if lost.exit_code == CONFIGURATION else Unavailable(what)
                 url, sentence, ready = await self._look(client)
                 if ready:
                     return url
@@ -82,24 +93,30 @@ class LocalStack:
                     progress(sentence)
                     said = sentence
                 if time.monotonic() - started > timeout:
-                    raise TimeoutError(f"the stack is not ready after {timeout:g} s: {sentence}")
+                    raise Unavailable(f"the stack is not ready after {timeout:g} s: {sentence}")
                 await asyncio.sleep(POLL)
 
     async def _look(self, client: httpx.AsyncClient) -> tuple[str, str, bool]:
+        processes = self.config.frontend.processes
         urls = await self.status_urls("frontend")
-        if len(urls) < self.config.frontend.processes and self.config.frontend.processes == 1:
-            return "", "starting the frontend", False
         if not urls:
-            return "", "starting the frontends", False
-        try:
-            answer: dict[str, Any] = (await client.get(f"{urls[0]}/health")).json()
-        except (httpx.HTTPError, ValueError):
-            return urls[0], "the frontend does not answer yet", False
-        models: dict[str, Any] = answer.get("models", {})
-        workers = [worker for model in models.values() for worker in model.get("workers", ())]
-        proven = sum(bool(worker.get("proven")) for worker in workers)
-        if proven >= self.wanted:
+            return "", f"starting the frontend{'s' if processes > 1 else ''}", False
+        proven = 0
+        # Processes that share one address answer in no order: each question is a connection of its own, until every one of them has said it.
+        for asked in await self.status_urls("frontend-admin") or urls:
+            try:
+                answer: dict[str, Any] = (await client.get(f"{asked}/health")).json()
+            except (httpx.HTTPError, ValueError):
+                return urls[0], "the frontend does not answer yet", False
+            models: dict[str, Any] = answer.get("models", {})
+            workers = [worker for model in models.values() for worker in model.get("workers", ())]
+            proven = sum(bool(worker.get("proven")) for worker in workers)
+            if proven >= self.wanted:
+                self._ready.add(answer["pid"])
+        if len(self._ready) >= processes:
             return urls[0], "ready", True
+        if proven >= self.wanted:
+            return urls[0], f"{len(self._ready)} of {processes} frontends ready", False
         phases = await self._phases(client)
         return urls[0], f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(phases)})" if phases else ""), False
 

@@ -32,6 +32,11 @@ class Screen:
         if self._verbose:
             self.console.print(Text.assemble((f"{name:<12} ", "cyan"), line))
 
+    def say_tail(self) -> None:
+        """What the children said last, when it was not shown."""
+        for line in self.tail:
+            self.say(line)
+
     def say(self, line: str) -> None:
         self._sentence = ""
         self.console.print(Text(line))

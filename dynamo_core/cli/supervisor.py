@@ -18,6 +18,8 @@ CONFIGURATION = 2
 """Exit code of a child that will not do better the next time."""
 HOPELESS = 5
 """Crashes in a row, none of them after a stable time, after which a child is not started again."""
+LONGEST_LINE = 64 * 1024
+"""Bytes; a longer line of a child is shown in pieces."""
 LAST_GRACE = 5.0
 """Seconds between asking a child to end and ending it, beyond its own drain time."""
 
@@ -42,6 +44,8 @@ class Supervisor:
         self.children: list[Child] = []
         self.failed = asyncio.Event()
         """A child will not come back."""
+        self.lost: Child | None = None
+        """Which one."""
         self._say = say
         self._grace = grace
         self._watchers: list[asyncio.Task[None]] = []
@@ -56,7 +60,7 @@ class Supervisor:
         while not self._stopping:
             started = time.monotonic()
             child.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "dynamo_core.cli", *child.arguments, env={**os.environ, "DYNAMO_SUPERVISED": "1", "PYTHONUNBUFFERED": "1"},
+                sys.executable, "-m", "dynamo_core.cli", *child.arguments, env={**os.environ, "DYNAMO_SUPERVISED": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
             )
             await self._forward(child)
@@ -66,7 +70,7 @@ class Supervisor:
             child.restarts += 1
             if child.exit_code == CONFIGURATION:
                 self._say(child.name, "ended because of its configuration; it is not started again")
-                self.failed.set()
+                self._give_up(child)
                 return
             if child.exit_code == 0:
                 self._say(child.name, "was asked to end; starting its successor")
@@ -74,7 +78,7 @@ class Supervisor:
             crashes = 1 if time.monotonic() - started > STABLE else crashes + 1
             if crashes > HOPELESS:
                 self._say(child.name, f"ended {crashes} times in a row; it is not started again")
-                self.failed.set()
+                self._give_up(child)
                 return
             delay = min(0.5 * 2 ** (crashes - 1), 15.0)
             ended = signal.Signals(-child.exit_code).name if child.exit_code < 0 else f"exit code {child.exit_code}"
@@ -84,8 +88,19 @@ class Supervisor:
     async def _forward(self, child: Child) -> None:
         assert child.process is not None
         assert child.process.stdout is not None
-        while line := await child.process.stdout.readline():
-            self._say(child.name, line.decode("utf-8", "replace").rstrip())
+        rest = b""
+        while more := await child.process.stdout.read(LONGEST_LINE):
+            *lines, rest = (rest + more).split(b"\n")
+            if len(rest) > LONGEST_LINE:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._say(child.name, line.decode("utf-8", "replace").rstrip())
+        if rest:
+            self._say(child.name, rest.decode("utf-8", "replace").rstrip())
+
+    def _give_up(self, child: Child) -> None:
+        self.lost = child
+        self.failed.set()
 
     async def stop(self) -> None:
         """End every child, frontends before workers, each within its drain time; what does not end is killed."""

@@ -26,10 +26,11 @@ def up(
 
     config, plugins = load_with_plugins(file, overrides=overrides)
     screen = Screen(sys.stderr, verbose=not quiet)
-    return run_role(lambda stop: _up(file, overrides, config, plugins, screen, timeout, stop))
+    return run_role(lambda stop: _up(file, overrides, config, plugins, screen, quiet, timeout, stop))
 
 
-async def _up(file: Path | None, overrides: tuple[str, ...], config: Config, plugins: Plugins, screen: Screen, timeout: float, stop: asyncio.Event) -> int:
+async def _up(file: Path | None, overrides: tuple[str, ...], config: Config, plugins: Plugins, screen: Screen, quiet: bool, timeout: float,
+              stop: asyncio.Event) -> int:
     async with LocalStack.open(file, overrides, config, plugins, screen.line) as stack:
         stopping = asyncio.create_task(stop.wait())
         ready = asyncio.create_task(stack.wait_ready(screen.progress, timeout))
@@ -37,6 +38,8 @@ async def _up(file: Path | None, overrides: tuple[str, ...], config: Config, plu
         if not ready.done():
             ready.cancel()
         else:
+            if ready.exception() is not None and quiet:
+                screen.say_tail()
             url = ready.result()
             screen.say(f"ready: {stack.wanted} workers behind {url}")
             screen.say(f"  try  dynamo chat --url {url} 'Hello'")

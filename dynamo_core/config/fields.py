@@ -87,7 +87,7 @@ def type_name(field: Field) -> str:
         name = "seconds"
     else:
         name = {bool: "true or false", int: "whole number", float: "number", str: "string", Path: "path", Secret: "secret"}.get(inner, str(inner))
-    return f"array of {name}s" if repeated else name
+    return f"array of {name.removesuffix('s')}s" if repeated else name
 
 
 def limit_text(field: Field) -> str:

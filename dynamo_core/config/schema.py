@@ -113,6 +113,10 @@ class Frontend:
     """Who may call; everyone when unset."""
     rate_limiter: Use | None = choice("rate_limiter")
     """How much a caller may use; unlimited when unset."""
+    routes: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "routes"})
+    """More HTTP surface, tried after the built-in paths."""
+    middleware: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "middleware"})
+    """ASGI middleware around everything, the first one outermost."""
     tls: Tls | None = None
     """Serve HTTPS."""
     max_body_bytes: int = attrs.field(default=32 * 2**20, validator=v.ge(1024))
@@ -249,6 +253,8 @@ class Config:
     """The HTTP side."""
     router: Router = attrs.field(factory=Router)
     """Who serves a request."""
+    around: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "preprocessor"})
+    """Wrappers around every request, between the API and the router, the first one outermost: guardrails, audit, tenancy."""
     migration: Migration = attrs.field(factory=Migration)
     """What happens when a worker is lost."""
     workers: tuple[Worker, ...] = ()

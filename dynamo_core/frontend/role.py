@@ -9,14 +9,17 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from dynamo_core.config import build
 from dynamo_core.config.schema import Config, Status
-from dynamo_core.frontend.app import create_app
+from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.frontend.app import App, create_app
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.observability import tracing
 from dynamo_core.pipeline.catalog import FleetCatalog
+from dynamo_core.pipeline.observers import finished_observers
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
 from dynamo_core.runtime.runtime import Runtime
@@ -35,7 +38,11 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
     try:
         async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, registry) as catalog:
             authenticator: Any = build(settings.authenticator, "authenticator", plugins) if settings.authenticator else None
-            app = create_app(settings, catalog, metrics=HttpMetrics(registry), authenticator=authenticator)
+            app = create_app(
+                settings, catalog, metrics=HttpMetrics(registry), authenticator=authenticator, observers=finished_observers(plugins),
+                extra_routes=[route for use in settings.routes for route in build(use, "routes", plugins).routes(catalog)],
+                middleware=[Middleware(build(use, "middleware", plugins).wrap) for use in settings.middleware],
+            )
             scheme = "https" if settings.tls else "http"
 
             def listening(port: int) -> None:
@@ -47,13 +54,28 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
             registered: list[asyncio.Task[None]] = []
             if settings.host not in ("127.0.0.1", "localhost", "::1") and settings.authenticator is None:
                 log.warning("listening beyond this machine (%s) without authentication: anybody who reaches it can use it", settings.host)
-            async with _admin(config, app.admin, runtime):
-                await server.serve(app, host=settings.host, port=settings.port, tls=settings.tls, stop=stop, reuse_port=settings.processes > 1,
-                                   on_listening=listening, drain_timeout=settings.drain_timeout)
-            await asyncio.gather(*registered, return_exceptions=True)
+            leaving = asyncio.create_task(_leave(stop, app, runtime), name="leave")
+            try:
+                async with _admin(config, app.admin, runtime):
+                    await server.serve(app, host=settings.host, port=settings.port, tls=settings.tls, stop=stop, reuse_port=settings.processes > 1,
+                                       on_listening=listening, drain_timeout=settings.drain_timeout)
+            except OSError as e:
+                if registered:
+                    raise
+                raise ConfigError(Problem(str(e), remedy="choose another frontend.host or frontend.port")) from e
+            finally:
+                leaving.cancel()
+                await asyncio.gather(*registered, leaving, return_exceptions=True)
         return 0
     finally:
         tracing.shutdown()
+
+
+async def _leave(stop: asyncio.Event, app: App, runtime: Runtime) -> None:
+    """Say everywhere that this process is leaving, before its last answer is out."""
+    await stop.wait()
+    app.drain()
+    await runtime.unregister("status")
 
 
 @contextlib.asynccontextmanager

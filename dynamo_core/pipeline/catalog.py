@@ -17,9 +17,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from dynamo_core.cards import ModelCard, Role
+from dynamo_core.config import build
 from dynamo_core.context import Context
 from dynamo_core.errors import DynamoError, ModelNotFound, Unavailable
 from dynamo_core.pipeline import artifacts
+from dynamo_core.pipeline.around import Around
 from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
@@ -53,11 +55,14 @@ class FleetCatalog:
         self._building: dict[str, asyncio.Lock] = {}
         self._admitting: dict[int, asyncio.Task[None]] = {}
         self._refused: dict[int, str] = {}
+        self._announced: dict[int, ModelCard] = {}
+        """Cards of every worker in discovery, admitted or not."""
         self._families = PipelineFamilies(registry)
         self._watch = FleetWatch(runtime, self._joined, self._left)
         self._feeds = EventFeeds(runtime)
         self._attachments = Attachments(runtime)
         self._ring = Ring(self._config.router.decisions)
+        self._around: list[Around] = [build(use, "preprocessor", runtime.plugins) for use in self._config.around]
         build_stack(self._config.router, runtime.plugins)  # a stack that cannot start must not wait for its first worker to say so
 
     @classmethod
@@ -83,8 +88,12 @@ class FleetCatalog:
     def get(self, name: str) -> ServedModel:
         model = self._models.get(self._aliases.get(name, name))
         if model is None:
-            known = ", ".join(sorted(self._models)) or "none yet"
-            raise ModelNotFound(f"the model {name!r} does not exist here; models: {known}", param="model")
+            for id, card in self._announced.items():
+                if name in (card.name, *card.aliases):
+                    raise Unavailable(f"model {name!r} is starting here: " + self._refused.get(id, "its tokenizer is being loaded"))
+            if not self._models:
+                raise Unavailable(self.not_ready() or "this server has no model yet")
+            raise ModelNotFound(f"the model {name!r} does not exist here; models: {', '.join(sorted(self._models))}", param="model")
         if (missing := model.not_ready()) is not None:
             raise Unavailable(missing)
         return model
@@ -128,16 +137,19 @@ class FleetCatalog:
 
     def _joined(self, instance: Instance, card: ModelCard) -> None:
         if instance.endpoint == names.GENERATE:
+            self._announced[instance.id] = card
             self._admitting[instance.id] = asyncio.create_task(self._admit(instance, card), name=f"admit {instance.label}")
 
     def _left(self, instance: Instance) -> None:
         self._refused.pop(instance.id, None)
+        self._announced.pop(instance.id, None)
         if (task := self._admitting.pop(instance.id, None)) is not None:
             task.cancel()
         for model in self._models.values():
-            if model.remove(instance.id) is not None:
+            if (member := model.remove(instance.id)) is not None:
                 log.info("worker %s of model %s left", instance.label, model.name)
-                self._tell("dynamo_worker_left", instance=instance, reason="left")
+                if member.proven:
+                    self._tell("dynamo_worker_left", instance=instance, reason="left")
         self._runtime.channels.forget(instance.address)
 
     async def _admit(self, instance: Instance, card: ModelCard) -> None:
@@ -197,7 +209,7 @@ class FleetCatalog:
             self._attachments.follow(router, instance.component)
             return Dispatcher(router, self._runtime.channels, self._config.migration.inhibit)
 
-        return ServedModel(card, preprocessor, dispatcher, self._config.migration, metrics)
+        return ServedModel(card, preprocessor, dispatcher, self._config.migration, metrics, self._around)
 
     async def _prove(self, instance: Instance) -> None:
         endpoint = f"{instance.namespace}.{instance.component}.{names.PROBE}"

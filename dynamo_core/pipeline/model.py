@@ -15,6 +15,8 @@ from dynamo_core.config.schema import Migration
 from dynamo_core.context import Context
 from dynamo_core.errors import Unavailable
 from dynamo_core.observability import tracing
+from dynamo_core.pipeline.around import Around, Surrounded
+from dynamo_core.pipeline.contract import Generation
 from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
 from dynamo_core.pipeline.generation import TextGeneration
 from dynamo_core.pipeline.metrics import PipelineMetrics
@@ -45,7 +47,8 @@ class Member:
 class ServedModel:
     """Implements `pipeline.contract.Model`."""
 
-    def __init__(self, card: ModelCard, preprocessor: Preprocessor, dispatcher: Callable[[Role], Dispatcher], migration: Migration, metrics: PipelineMetrics) -> None:
+    def __init__(self, card: ModelCard, preprocessor: Preprocessor, dispatcher: Callable[[Role], Dispatcher], migration: Migration, metrics: PipelineMetrics,
+                 around: Sequence[Around] = ()) -> None:
         self.name = card.name
         self.card = card
         self.checksum = card.checksum()
@@ -55,8 +58,11 @@ class ServedModel:
         self.dispatchers: dict[Role, Dispatcher] = {}
         self._make_dispatcher = dispatcher
         self._migration = migration
+        self._around = around
         self._metrics = metrics
         self._serving: frozenset[Role] = frozenset()
+        self._needs: tuple[tuple[Role, ...], ...] = ()
+        """Sets of roles, one of which must be present as well; empty when some worker needs nobody."""
         """Roles that have a proven worker. Kept, because every request asks."""
         self._last_left: float | None = None
         self._active: set[str] = set()
@@ -97,11 +103,14 @@ class ServedModel:
         return member
 
     def _count(self) -> None:
-        self._serving = frozenset(m.card.role for m in self.members.values() if m.proven)
+        proven = [m for m in self.members.values() if m.proven]
+        self._serving = frozenset(m.card.role for m in proven)
+        able = [m for m in proven if m.card.role == "aggregated"]
+        self._needs = () if any(not m.card.needs for m in able) else tuple(need for m in able for need in m.card.needs)
         self._metrics.workers(sum(m.proven for m in self.members.values()), len(self.members))
 
     def not_ready(self) -> str | None:
-        if "aggregated" in self._serving:
+        if "aggregated" in self._serving and (not self._needs or any(self._serving.issuperset(need) for need in self._needs)):
             return None
         if not self.members:
             ago = "" if self._last_left is None else f"; the last one left {time.monotonic() - self._last_left:.0f} s ago"
@@ -111,11 +120,19 @@ class ServedModel:
             why = next((m.problem for m in waiting if m.problem), None)
             return f"{len(waiting)} of {len(self.members)} workers of model {self.name!r} have not answered their canary yet" + (f": {why}" if why else "")
         roles = ", ".join(sorted(self._serving))
+        if self._needs:
+            wanted = " or ".join(sorted({" and ".join(need) for need in self._needs}))
+            return f"model {self.name!r} has only {roles} workers, and they need {wanted} workers beside them"
         return f"model {self.name!r} has only {roles} workers; an aggregated worker is missing"
 
     # -------------------------------------------------------------- requests
 
-    async def start(self, request: Request, text: TextOptions, context: Context) -> TextGeneration:
+    async def start(self, request: Request, text: TextOptions, context: Context) -> Generation:
+        if self._around:
+            return Surrounded(self._around, request, context, lambda request: self._generate(request, text, context))
+        return await self._generate(request, text, context)
+
+    async def _generate(self, request: Request, text: TextOptions, context: Context) -> TextGeneration:
         self._check(request)
         if request.id in self._active:
             # Two requests of one id would share a booking; the caller's own id stays in the context.

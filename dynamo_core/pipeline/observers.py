@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dynamo_core.pipeline.metrics import PipelineMetrics
@@ -27,6 +29,13 @@ class Watcher:
 
     def fault(self, component: str, what: str) -> None:
         self._metrics.fault(component)
+
+
+def finished_observers(plugins: Plugins) -> list[Callable[..., object]]:
+    """What the HTTP surface calls at the end of each request: nothing, unless a plugin listens."""
+    if not plugins.manager.hook.dynamo_request_finished.get_hookimpls():
+        return []
+    return [partial(tell, plugins, "dynamo_request_finished")]
 
 
 _blamed: set[tuple[str, str]] = set()

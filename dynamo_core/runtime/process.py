@@ -32,8 +32,8 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
             stop.set()
 
         raise_file_limit()
-        if os.environ.get("DYNAMO_SUPERVISED"):
-            _end_with_parent()
+        if parent := os.environ.get("DYNAMO_SUPERVISED"):
+            _end_with_parent(int(parent))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
         # What exists after start-up lives for ever: keep the collector from walking it again and again.
@@ -64,11 +64,13 @@ def raise_file_limit() -> None:
 _MANY_FILES = 1 << 20
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Have the kernel send SIGTERM when the supervisor dies, however it dies (Linux)."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died while this process was starting
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

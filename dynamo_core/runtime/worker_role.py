@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from dynamo_core.config import build
 from dynamo_core.config.schema import Config
 from dynamo_core.config.schema import Worker as Settings
+from dynamo_core.errors import ConfigError, DynamoError, EngineFailed, Problem
 from dynamo_core.observability import tracing
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
@@ -47,7 +49,12 @@ async def serve_worker(config: Config, settings: Settings, plugins: Plugins, sto
             if not config.status.enabled:
                 return await _serve(worker, stop)
             app = status_app(settings.name, worker.problems, registry, worker.control)
-            async with serve_status(config.status, app) as url:
+            async with contextlib.AsyncExitStack() as exits:
+                try:
+                    url = await exits.enter_async_context(serve_status(config.status, app))
+                except OSError as e:
+                    what = f"the status endpoint cannot listen on {config.status.host}:{config.status.port}: {e.strerror or e}"
+                    raise ConfigError(Problem(what, remedy="leave status.port out: any free port is taken")) from e
                 await runtime.register("status", lambda id: (names.of_status(config.namespace, settings.name, id), url.encode()))
                 return await _serve(worker, stop)
         finally:
@@ -61,7 +68,11 @@ async def _serve(worker: Worker, stop: asyncio.Event) -> int:
     try:
         await asyncio.wait((starting, stopping, died), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
-            starting.result()
+            if (error := starting.exception()) is not None:
+                if isinstance(error, DynamoError):
+                    raise error
+                log.error("the engine did not start", exc_info=error)
+                raise EngineFailed(f"engine {worker.settings.engine.name!r} did not start: {type(error).__name__}: {error}") from error
             await asyncio.wait((stopping, died), return_when=asyncio.FIRST_COMPLETED)
             if died.done() and not stopping.done():
                 # Streams have ended with EngineDead and move elsewhere; nothing is left to wait for.

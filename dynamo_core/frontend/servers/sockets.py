@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterator
 
 BACKLOG = 2048
 """Connections that the kernel holds while the loop is busy; a burst of a thousand clients must not see a refusal."""
+
+
+@contextlib.contextmanager
+def reserved_port(host: str) -> Iterator[int]:
+    """A free port that several processes may then share by `reuse_port`; nobody else gets it until this is left."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host, 0))  # bound and not listening: the kernel hands it no connection
+        yield sock.getsockname()[1]
 
 
 def listening(host: str, port: int, *, reuse_port: bool) -> socket.socket:
