@@ -16,6 +16,9 @@ def dynamo_register(registry: Registry) -> None:
     registry.request_plane("tcp", "dynamo_core.transport.tcp:TcpPlane", summary="one multiplexed connection a pair, step-batched")
     registry.request_plane("http", "dynamo_core.transport.http:HttpPlane", summary="HTTP/1.1 streaming, for networks that allow nothing else")
     registry.engine("echo", "dynamo_core.engines.echo:EchoEngine", summary="answers with the prompt")
+    registry.add("authenticator", "api-keys", "dynamo_core.frontend.apikeys:ApiKeys", summary="keys whose hashes are in a file; made by `dynamo keys`")
+    registry.add("authenticator", "jwt", "dynamo_core.frontend.jwt:Jwt", summary="tokens of an identity provider; pip install dynamo-core[jwt]")
+    registry.add("rate_limiter", "per-tenant", "dynamo_core.frontend.limits:PerTenant", summary="requests and tokens in a time, for each tenant")
     registry.http_server("hypercorn", "dynamo_core.frontend.servers.hypercorn:HypercornServer", summary="HTTP/1.1 and HTTP/2, TLS, mTLS")
     registry.http_server("granian", "dynamo_core.frontend.servers.granian:GranianServer", summary="less CPU per token; pip install dynamo-core[granian]")
 
@@ -66,6 +69,10 @@ def dynamo_register(registry: Registry) -> None:
         ("config reference", "print the reference of all settings, as Markdown"),
         ("config schema", "print a JSON schema of the configuration, for editors"),
         ("explain", "say why a request went to the worker it went to"),
+        ("replay", "replay a request trace in virtual time, or recorded decisions against another stack"),
+        ("keys new", "make an API key"),
+        ("keys list", "list API keys"),
+        ("keys revoke", "revoke an API key"),
         ("plugins", "list what is installed, and what is wrong with it"),
         ("plugin new", "write a new plugin that passes its contract tests"),
         ("plugin check", "say how far a plugin has come, and what is missing"),

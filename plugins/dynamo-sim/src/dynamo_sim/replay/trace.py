@@ -191,9 +191,8 @@ def write(trace: Trace, path: Path) -> None:
     encode = msgspec.json.Encoder().encode
     with path.open("wb") as file:
         for i in range(len(trace)):
-            line: dict[str, object] = {
-                "input_length": int(trace.prompt[i]), "output_length": int(trace.output[i]), "hash_ids": trace.ids[trace.start[i] : trace.start[i + 1]].tolist(),
-            }
+            ids = trace.ids[trace.start[i] : trace.start[i + 1]].tolist()
+            line: dict[str, object] = {"input_length": int(trace.prompt[i]), "output_length": int(trace.output[i]), "hash_ids": ids}
             waits = trace.after is not None and trace.after[i] >= 0
             line["delay" if waits else "timestamp"] = float(trace.arrival[i])
             if trace.session is not None and trace.session[i] >= 0:
