@@ -7,7 +7,7 @@ import contextlib
 import logging
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import attrs
@@ -132,7 +132,8 @@ class Connection:
             if not connecting.done():
                 where = ", ".join(options.servers)
                 if self._denied.done():
-                    raise ConfigError(Problem(f"NATS at {where} does not let us in: {self._last_error}", remedy="check user, password, token, nkey_seed or creds"))
+                    raise ConfigError(Problem(f"NATS at {where} does not let us in: {self._last_error}",
+                                              remedy="check user, password, token, nkey_seed or creds"))
                 raise ConnectionError(f"NATS at {where} does not answer within {options.connect_timeout:g} s: {self._last_error or 'silence'}")
             connecting.result()
         except BaseException:
@@ -261,7 +262,7 @@ class Connection:
                 self._last_error = e
 
 
-def _caller(receive: Callable[[Msg], None]) -> Callable[[Msg], object]:
+def _caller(receive: Callable[[Msg], None]) -> Callable[[Msg], Awaitable[None]]:
     async def call(message: Msg) -> None:
         try:
             receive(message)
