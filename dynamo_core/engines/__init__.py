@@ -10,8 +10,9 @@ from dynamo_core.engines.contract import (
     Engine,
     EngineContext,
     HasArtifacts,
+    HasMetrics,
     KvEvent,
     Probes,
 )
 
-__all__ = ["BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "KvEvent", "Probes", "admit"]
+__all__ = ["BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics", "KvEvent", "Probes", "admit"]

@@ -69,6 +69,9 @@ class EngineContext:
     """Publish how busy the engine is; at most ten times a second."""
     died: Callable[[str], None] = lambda reason: None
     """The engine cannot go on: streams end with `EngineDead`, the process leaves discovery and exits with an error."""
+    offer: Callable[[Sequence[ModelCard]], None] = lambda cards: None
+    """What the engine serves from now on, instead of the card that `start` returned alone: that card and one for each adapter, or nothing while
+    it sleeps. Cards of adapters have `adapter` set."""
     cache_dir: Path = attrs.field(factory=lambda: Path.home() / ".cache" / "dynamo")
     """For downloads and conversions that outlive the process."""
     name: str = "worker"
@@ -112,6 +115,13 @@ class Probes(Protocol):
 class Drains(Protocol):
     async def drain(self) -> None:
         """Wait for work that streams do not show, such as KV blocks that a peer has yet to fetch."""
+        ...
+
+
+@runtime_checkable
+class HasMetrics(Protocol):
+    def metrics(self) -> bytes:
+        """The engine's own series in Prometheus' text format; the worker exports them beside its own."""
         ...
 
 

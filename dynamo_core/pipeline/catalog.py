@@ -44,6 +44,14 @@ RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to admit a worker; the last one repeats."""
 
 
+_Offer = tuple[int, str]
+"""One model of one instance: an instance may serve adapters besides its base model, each under an endpoint of its own."""
+
+
+def _offer(instance: Instance) -> _Offer:
+    return instance.id, instance.endpoint
+
+
 class FleetCatalog:
     """Implements `pipeline.contract.Catalog`. Use `FleetCatalog.open`."""
 
@@ -53,9 +61,9 @@ class FleetCatalog:
         self._models: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         self._building: dict[str, asyncio.Lock] = {}
-        self._admitting: dict[int, asyncio.Task[None]] = {}
-        self._refused: dict[int, str] = {}
-        self._announced: dict[int, ModelCard] = {}
+        self._admitting: dict[_Offer, asyncio.Task[None]] = {}
+        self._refused: dict[_Offer, str] = {}
+        self._announced: dict[_Offer, ModelCard] = {}
         """Cards of every worker in discovery, admitted or not."""
         self._families = PipelineFamilies(registry)
         self._watch = FleetWatch(runtime, self._joined, self._left)
@@ -88,9 +96,9 @@ class FleetCatalog:
     def get(self, name: str) -> ServedModel:
         model = self._models.get(self._aliases.get(name, name))
         if model is None:
-            for id, card in self._announced.items():
+            for offer, card in self._announced.items():
                 if name in (card.name, *card.aliases):
-                    raise Unavailable(f"model {name!r} is starting here: " + self._refused.get(id, "its tokenizer is being loaded"))
+                    raise Unavailable(f"model {name!r} is starting here: " + self._refused.get(offer, "its tokenizer is being loaded"))
             if not self._models:
                 raise Unavailable(self.not_ready() or "this server has no model yet")
             raise ModelNotFound(f"the model {name!r} does not exist here; models: {', '.join(sorted(self._models))}", param="model")
@@ -130,23 +138,24 @@ class FleetCatalog:
 
     def problems(self) -> dict[str, str]:
         """Named degraded states; empty when all is well."""
-        refused = {f"worker {id & 0xFFFFFF:06x}": why for id, why in self._refused.items()}
+        refused = {f"worker {id & 0xFFFFFF:06x}": why for (id, _), why in self._refused.items()}
         return {**self._runtime.problems(), **self._watch.problems(), **refused, **self._feeds.problems(), **self._attachments.problems()}
 
     # -------------------------------------------------------------- what discovery says
 
     def _joined(self, instance: Instance, card: ModelCard) -> None:
-        if instance.endpoint == names.GENERATE:
-            self._announced[instance.id] = card
-            self._admitting[instance.id] = asyncio.create_task(self._admit(instance, card), name=f"admit {instance.label}")
+        if instance.endpoint == names.generate(card.adapter):
+            self._announced[_offer(instance)] = card
+            self._admitting[_offer(instance)] = asyncio.create_task(self._admit(instance, card), name=f"admit {instance.label}")
 
     def _left(self, instance: Instance) -> None:
-        self._refused.pop(instance.id, None)
-        self._announced.pop(instance.id, None)
-        if (task := self._admitting.pop(instance.id, None)) is not None:
+        self._refused.pop(_offer(instance), None)
+        self._announced.pop(_offer(instance), None)
+        if (task := self._admitting.pop(_offer(instance), None)) is not None:
             task.cancel()
         for model in self._models.values():
-            if (member := model.remove(instance.id)) is not None:
+            known = model.members.get(instance.id)
+            if known is not None and known.instance.endpoint == instance.endpoint and (member := model.remove(instance.id)) is not None:
                 log.info("worker %s of model %s left", instance.label, model.name)
                 if member.proven:
                     self._tell("dynamo_worker_left", instance=instance, reason="left")
@@ -170,12 +179,12 @@ class FleetCatalog:
                 if member is not None:
                     member.problem = why
                 else:
-                    self._refused[instance.id] = f"{instance.label}: {why}"
+                    self._refused[_offer(instance)] = f"{instance.label}: {why}"
                 if attempt == 0:
                     log.warning("worker %s is not ready, trying again: %s", instance.label, why)
                 await asyncio.sleep(RETRY[min(attempt, len(RETRY) - 1)])
                 continue
-            self._refused.pop(instance.id, None)
+            self._refused.pop(_offer(instance), None)
             model.proven(member)
             log.info("worker %s serves model %s", instance.label, model.name)
             self._tell("dynamo_worker_joined", instance=instance, card=card)

@@ -8,10 +8,14 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from dynamo_core.types import Instance
 
 GENERATE = "generate"
 """The endpoint that streams tokens."""
+ADAPTER_MARK = "@"
+"""`generate@name` is the record of an adapter that an instance of `generate` serves as well; requests go to `generate`."""
 ARTIFACT = "artifact"
 """Serves the files that a model card names, by digest."""
 PROBE = "probe"
@@ -33,6 +37,11 @@ def models(namespace: str) -> str:
 
 def of_instance(instance: Instance) -> str:
     return f"v1/instances/{instance.namespace}/{instance.component}/{instance.endpoint}/{instance.id:016x}"
+
+
+def generate(adapter: str | None) -> str:
+    """The endpoint under which a model, or one of its adapters, stands in discovery."""
+    return GENERATE if adapter is None else f"{GENERATE}{ADAPTER_MARK}{quote(adapter, safe='')}"
 
 
 def of_card(instance: Instance) -> str:

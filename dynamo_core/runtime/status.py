@@ -24,8 +24,12 @@ from dynamo_core.errors import DynamoError, RequestError
 Control = Callable[[str | None, Mapping[str, Any]], Awaitable[Any]]
 
 
-def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: CollectorRegistry, control: Control | None = None) -> Starlette:
-    """:param problems: named degraded states; any makes `/health` 503. :param control: runs an operator's action."""
+def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: CollectorRegistry, control: Control | None = None,
+               more_metrics: Callable[[], bytes] | None = None) -> Starlette:
+    """:param problems: named degraded states; any makes `/health` 503. :param control: runs an operator's action.
+
+    :param more_metrics: series of the engine, in Prometheus' text format.
+    """
 
     async def health(_: Request) -> Response:
         found = problems()
@@ -35,7 +39,7 @@ def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: C
         return _json({"status": "live", "role": role})
 
     async def metrics(_: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry) + (more_metrics() if more_metrics is not None else b""), media_type=CONTENT_TYPE_LATEST)
 
     async def act(request: Request) -> Response:
         try:

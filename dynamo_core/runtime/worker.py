@@ -62,13 +62,20 @@ class Worker:
         self._probe: asyncio.Task[None] | None = None
         self._canary: asyncio.Task[None] | None = None
         self._visible = False
+        self._offered: tuple[ModelCard, ...] | None = None
+        """What the engine says that it serves; `None`: the card that it started with."""
+        self._shown: dict[str, ModelCard] = {}
+        """What is in discovery, by endpoint."""
+        self._showing = asyncio.Lock()
+        self._updates: set[asyncio.Task[None]] = set()
 
     # -------------------------------------------------------------- start
 
     async def start(self) -> ModelCard:
         """Start the engine, prove it by a canary, and announce it."""
         started = time.monotonic()
-        context = EngineContext(progress=self._progress, kv_events=self._kv_events, load=self._load, died=self._died, name=self.settings.name)
+        context = EngineContext(progress=self._progress, kv_events=self._kv_events, load=self._load, died=self._died, offer=self._offer,
+                                name=self.settings.name)
         await self._open_publishers()
         self.runtime.on_new_lease(self._open_publishers)
         heartbeat = asyncio.create_task(self._heartbeat(), name="start-up heartbeat")
@@ -76,11 +83,7 @@ class Worker:
             card = await self.engine.start(context)
         finally:
             heartbeat.cancel()
-        if self.settings.served_name:
-            card = msgspec.structs.replace(card, name=self.settings.served_name)
-        if self.settings.role:
-            card = msgspec.structs.replace(card, role=self.settings.role)
-        self.card = card
+        self.card = card = self._as_configured(card)
         endpoints: dict[str, EndpointHandler] = {
             names.GENERATE: self.generate, names.ARTIFACT: self._artifact, names.PROBE: self._answer_probe, names.CONTROL: self._control,
         }
@@ -99,10 +102,35 @@ class Worker:
         self._progress("ready", 1.0)
         return card
 
+    def _as_configured(self, card: ModelCard) -> ModelCard:
+        if self.settings.served_name and card.adapter is None:
+            card = msgspec.structs.replace(card, name=self.settings.served_name)
+        if self.settings.role:
+            card = msgspec.structs.replace(card, role=self.settings.role)
+        return card
+
     async def _announce(self) -> None:
-        assert self.card is not None
-        await self.runtime.announce(self.settings.name, names.GENERATE, msgspec.json.encode(self.card))
         self._visible = True
+        await self._show()
+
+    async def withdraw(self) -> None:
+        """Leave discovery with every model; what is being served goes on."""
+        self._visible = False
+        await self._show()
+
+    async def _show(self) -> None:
+        """Bring discovery in line with what is offered."""
+        async with self._showing:
+            assert self.card is not None
+            cards = (self.card,) if self._offered is None else map(self._as_configured, self._offered)
+            wanted = {names.generate(card.adapter): card for card in cards} if self._visible else {}
+            for endpoint in self._shown.keys() - wanted.keys():
+                await self.runtime.withdraw(self.settings.name, endpoint)
+                del self._shown[endpoint]
+            for endpoint, card in wanted.items():
+                if self._shown.get(endpoint) != card:
+                    await self.runtime.announce(self.settings.name, endpoint, msgspec.json.encode(card))
+                    self._shown[endpoint] = card
 
     def _progress(self, phase: str, fraction: float | None) -> None:
         if phase != self.phase[0]:
@@ -239,9 +267,7 @@ class Worker:
                 if self._problem is None:
                     log.error("worker %s does not answer its canary and leaves discovery: %s", self.settings.name, e)
                 self._problem = f"canary: {e or type(e).__name__}"
-                if self._visible:
-                    self._visible = False
-                    await self.runtime.withdraw(self.settings.name, names.GENERATE)
+                await self.withdraw()
             else:
                 if self._problem is not None:
                     log.warning("worker %s answers again", self.settings.name)
@@ -276,6 +302,16 @@ class Worker:
         self.metrics.load(load)
         self._publish("load", _encode(load))
 
+    def _offer(self, cards: Sequence[ModelCard]) -> None:
+        self._in_loop(lambda: self._set_offered(tuple(cards)))
+
+    def _set_offered(self, cards: tuple[ModelCard, ...]) -> None:
+        self._offered = cards
+        if self._visible:
+            task = asyncio.create_task(self._show(), name="show what is offered")
+            self._updates.add(task)
+            task.add_done_callback(self._updates.discard)
+
     def _died(self, reason: str) -> None:
         self._in_loop(lambda: self._set_dead(reason))
 
@@ -306,8 +342,7 @@ class Worker:
         if self._canary is not None:
             self._canary.cancel()
         if self._visible:
-            self._visible = False
-            await self.runtime.withdraw(self.settings.name, names.GENERATE)
+            await self.withdraw()
             log.info("worker %s left discovery; %d requests in progress", self.settings.name, self.admission.in_flight)
             await asyncio.sleep(min(self._settle, self.settings.drain_timeout))
         self.admission.close("this worker is leaving")
@@ -327,6 +362,7 @@ class Worker:
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
+        await asyncio.gather(*self._updates, return_exceptions=True)
         if self._relay is not None:
             self._relay.close()
         await self.engine.stop()

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from dynamo_core.config import build
 from dynamo_core.config.schema import Config
 from dynamo_core.config.schema import Worker as Settings
+from dynamo_core.engines.contract import HasMetrics
 from dynamo_core.errors import ConfigError, DynamoError, EngineFailed, Problem
 from dynamo_core.observability import tracing
 from dynamo_core.plugins import Plugins
@@ -48,7 +49,7 @@ async def serve_worker(config: Config, settings: Settings, plugins: Plugins, sto
         try:
             if not config.status.enabled:
                 return await _serve(worker, stop)
-            app = status_app(settings.name, worker.problems, registry, worker.control)
+            app = status_app(settings.name, worker.problems, registry, worker.control, engine.metrics if isinstance(engine, HasMetrics) else None)
             async with contextlib.AsyncExitStack() as exits:
                 try:
                     url = await exits.enter_async_context(serve_status(config.status, app))
@@ -76,7 +77,7 @@ async def _serve(worker: Worker, stop: asyncio.Event) -> int:
             await asyncio.wait((stopping, died), return_when=asyncio.FIRST_COMPLETED)
             if died.done() and not stopping.done():
                 # Streams have ended with EngineDead and move elsewhere; nothing is left to wait for.
-                await worker.runtime.withdraw(worker.settings.name, names.GENERATE)
+                await worker.withdraw()
                 worker.admission.break_all("the engine died")
                 await worker.admission.idle(2.0)
             else:

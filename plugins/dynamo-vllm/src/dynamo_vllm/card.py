@@ -1,0 +1,83 @@
+"""What vLLM knows of its model, as a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dynamo_core.cards import Artifact, ModelCard
+from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.types import Sampling
+from dynamo_vllm import vllm_api
+from dynamo_vllm.vllm_api import Vllm
+
+GENERATES = ("logprobs", "prompt_logprobs", "guided", "logit_bias", "n")
+
+
+def name_of(model: str) -> str:
+    """What clients call it: the id, or the last part of a path."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def tokenizer_json(engine: Any) -> bytes:
+    """:raises ConfigError: the model's tokenizer has no such form."""
+    content = vllm_api.tokenizer_file(engine.vllm_config)
+    if content is not None:
+        return content
+    backend = getattr(engine.get_tokenizer(), "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(Problem(f"the model {engine.vllm_config.model_config.model} has no tokenizer.json, and frontends need one",
+                                  remedy="save the tokenizer in its fast form: AutoTokenizer.from_pretrained(model).save_pretrained(directory)"))  # fmt: skip
+    return backend.to_str().encode()
+
+
+def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora: bool) -> ModelCard:
+    config, tok = engine.vllm_config, engine.get_tokenizer()
+    model, cache, scheduler, parallel = config.model_config, config.cache_config, config.scheduler_config, config.parallel_config
+    embeds = model.runner_type == "pooling"
+    template = _template(tok)
+    defaults: dict[str, Any] = model.get_diff_sampling_param()
+    generates = ("chat", "completions") if template else ("completions",)
+    return ModelCard(
+        name=name_of(model.model),
+        surfaces=("embeddings",) if embeds else generates,
+        context_length=model.max_model_len,
+        vocab_size=model.get_vocab_size(),
+        eos_token_ids=_ends(model, tok),
+        tokenizer=Artifact.of("tokenizer.json", tokenizer),
+        chat_template=template,
+        template_tokens={name: str(text) for name, text in tok.special_tokens_map.items() if name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+        add_bos=bool(tok.encode("")),
+        defaults=Sampling(**{name: value for name, value in defaults.items() if name != "max_tokens"}),
+        default_max_tokens=defaults.get("max_tokens"),
+        block_size=cache.block_size,
+        total_blocks=cache.num_gpu_blocks,
+        max_sequences=scheduler.max_num_seqs,
+        max_batched_tokens=scheduler.max_num_batched_tokens,
+        dp_size=parallel.data_parallel_size,
+        kv_events=kv_events,
+        capabilities=("embeddings",) if embeds else (*GENERATES, *(("lora",) if lora else ())),
+        engine=f"vLLM {vllm.version}{' on CPU' if vllm.on_cpu else ''}",
+    )
+
+
+def _template(tokenizer: Any) -> str | None:
+    template: Any = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer: the tokenizer's end of sequence, and what the generation config adds."""
+    ends: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    more: Any = model.try_get_generation_config().get("eos_token_id")
+    ends += [more] if isinstance(more, int) else list(more or ())
+    return tuple(dict.fromkeys(ends))
+
+
+def lora_rank(path: Path) -> int | None:
+    """The rank that an adapter's own configuration names."""
+    try:
+        return json.loads((path / "adapter_config.json").read_bytes()).get("r")
+    except (OSError, ValueError):
+        return None

