@@ -54,6 +54,12 @@ class Context:
 
         return forget
 
+    def fork(self) -> Context:
+        """For one of several generations of the same request: cancelled with this one, with a place of its own in the trace."""
+        branch = Context(self.id, deadline=self.deadline, priority=self.priority, session=self.session, tenant=self.tenant, traceparent=self.traceparent)
+        self.on_cancel(lambda: branch.cancel(self.cancel_reason or "cancelled"))
+        return branch
+
     async def wait_cancelled(self) -> str:
         """Return the reason once the request is cancelled."""
         done = asyncio.Event()

@@ -154,7 +154,7 @@ async def _start(job: Job, context: Context) -> Generation:
     started: list[Generation] = []
     try:
         for request in job.requests:
-            started.append(await job.model.start(request, job.text, context))
+            started.append(await job.model.start(request, job.text, context.fork()))
     except BaseException:
         for generation in started:
             generation.cancel("another prompt of the same request failed")

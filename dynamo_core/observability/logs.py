@@ -8,7 +8,29 @@ from typing import Any
 
 import structlog
 
+from dynamo_core.config.schema import Secret
+
 _QUIET = ("hypercorn", "httpx", "httpcore", "asyncio", "_granian")
+
+
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    """A secret is a string to whoever uses it; to the log it is where it came from."""
+    for name, value in record.__dict__.items():
+        if isinstance(value, Secret | dict | list | tuple):
+            record.__dict__[name] = _masked(value)
+    return True
+
+
+def _masked(value: Any) -> Any:
+    match value:
+        case Secret():
+            return repr(value)
+        case dict():
+            return {key: _masked(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return type(value)(map(_masked, value)) if type(value) in (list, tuple) else value
+        case _:
+            return value
 
 
 def setup(level: str = "info", style: str = "auto", *, role: str = "") -> None:
@@ -34,6 +56,7 @@ def setup(level: str = "info", style: str = "auto", *, role: str = "") -> None:
     else:
         final += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_hide_secrets)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final))
     root = logging.getLogger()
     root.handlers[:] = [handler]

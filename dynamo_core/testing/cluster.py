@@ -56,7 +56,8 @@ class Cluster:
     @contextlib.asynccontextmanager
     async def up(cls, *, workers: int = 2, engine: str | Use = "echo", options: Mapping[str, Any] | None = None, router: Router | None = None,
                  migration: Migration | None = None, lease_ttl: float = 2.0, discovery: Use | None = None, request_plane: Use | None = None,
-                 event_plane: Use | None = None, plugins: Plugins | None = None, settings: Mapping[str, Any] | None = None) -> AsyncGenerator[Cluster]:
+                 event_plane: Use | None = None, plugins: Plugins | None = None, settings: Mapping[str, Any] | None = None,
+                 around: Sequence[Use] = ()) -> AsyncGenerator[Cluster]:
         """Start workers and a frontend's catalog, and wait until every worker serves.
 
         :param options: of the engine. :param settings: more fields of `config.schema.Worker`.
@@ -66,7 +67,7 @@ class Cluster:
         config = Config(
             discovery=discovery or Use("memory", {"name": name}), request_plane=request_plane or Use("in-process"),
             event_plane=event_plane or Use("in-process", {"name": name}), router=router or Router(), migration=migration or Migration(wait=3.0, inhibit=0.3),
-            lease_ttl=lease_ttl, workers=(WorkerSettings(engine=use, **dict(settings or {})),),
+            lease_ttl=lease_ttl, around=tuple(around), workers=(WorkerSettings(engine=use, **dict(settings or {})),),
         )
         cluster = cls(config, plugins or Plugins.load())
         async with cluster._stack:
