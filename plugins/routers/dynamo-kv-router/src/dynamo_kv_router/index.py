@@ -11,7 +11,8 @@ Keys are spread over many small dictionaries, because a dictionary that grows co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import islice, repeat
+from operator import call, itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ from dynamo_core.routing.contract import Worker
 Group = tuple[int, int]
 """Depth in blocks, and the mask of the workers whose prefix ends there."""
 Depths = NDArray[np.int32]
+
+SENT = len(LEVELS)
+"""A level of its own for what workers are only believed to hold, because it was sent to them."""
 
 
 class Store:
@@ -49,8 +53,8 @@ class Store:
         return ((keys >> self._shift) & self._mask).tolist()
 
     def add(self, keys: Keys, bit: int) -> None:
-        names, shards, setdefault = keys.tolist(), self.shards_of(keys), self._setdefault
-        masks = [setdefault[shard](key, bit) for shard, key in zip(shards, names, strict=True)]
+        names, shards = keys.tolist(), self.shards_of(keys)
+        masks = _each(self._setdefault, shards, names, bit)
         if masks.count(bit) != len(masks):
             old = new = 0
             for shard, key, mask in zip(shards, names, masks, strict=True):
@@ -61,8 +65,8 @@ class Store:
                     self._shards[shard][key] = new
 
     def remove(self, keys: Keys, bit: int) -> None:
-        names, shards, pop = keys.tolist(), self.shards_of(keys), self._pop
-        masks = [pop[shard](key, bit) for shard, key in zip(shards, names, strict=True)]
+        names, shards = keys.tolist(), self.shards_of(keys)
+        masks = _each(self._pop, shards, names, bit)
         if masks.count(bit) != len(masks):
             old = new = 0
             for shard, key, mask in zip(shards, names, masks, strict=True):
@@ -91,6 +95,13 @@ class Store:
                     self.forgotten += 1
 
 
+def _each(methods: Sequence[Callable[[int, int], int]], shards: Sequence[int], names: Sequence[int], bit: int) -> list[int]:
+    """`methods[shard](name, bit)` of every name, without a loop in Python."""
+    if len(names) < 2:
+        return [methods[shard](name, bit) for shard, name in zip(shards, names, strict=True)]
+    return list(map(call, itemgetter(*shards)(methods), names, repeat(bit)))  # pyright: ignore[reportArgumentType]
+
+
 class Match:
     """What one prompt found: who holds how much of it."""
 
@@ -114,7 +125,7 @@ class Index:
         """:param shards: a power of two."""
         if shards < 1 or shards & (shards - 1):
             raise ValueError(f"the number of shards must be a power of two, not {shards}")
-        self._store = [Store(shards, max(1, limit // shards)) for _ in LEVELS]
+        self._store = [Store(shards, max(1, limit // shards)) for _ in range(SENT + 1)]
         self._shards = shards
         self._slots: dict[Worker, int] = {}
         self._free: list[int] = []
@@ -223,10 +234,17 @@ class Index:
         """Levels that have ever held something, the device always."""
         return self._levels
 
-    def match(self, keys: Keys, level: int = 0) -> Match:
-        """Who holds how much of the chain `keys`, counting what is at `level` and nearer. Exact."""
-        gets = [self._store[known].get for known in self._levels if known <= level]
+    def match(self, keys: Keys, level: int = 0, *, sent: bool = False) -> Match:
+        """Who holds how much of the chain `keys`, counting what is at `level` and nearer, and what was `sent`. Exact."""
+        gets = [self._store[known].get for known in self._levels if known <= level or (sent and known == SENT)]
         return Match(self, _groups(keys, gets, self._shards - 1, self._live))
+
+    def depth(self, worker: Worker, keys: Keys) -> int:
+        """Blocks of the chain that one worker holds on its device."""
+        if (slot := self._slots.get(worker)) is None:
+            return 0
+        groups = _groups(keys, [self._store[0].get], self._shards - 1, 1 << slot)
+        return groups[0][0] if groups else 0
 
 
 def _groups(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], shards: int, live: int) -> list[Group]:
@@ -251,7 +269,7 @@ def _groups(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], sha
             groups.append((hi, here & ~there))
             lo, here = hi, there
             right.pop()
-            if len(groups) == _MANY and lo < _MANY * _CLOSE:
+            if here and len(groups) == _MANY and lo < _MANY * _CLOSE:
                 groups += _walk(keys[lo + 1 :], gets, shards, here, lo + 1)
                 return groups
         else:
@@ -268,7 +286,7 @@ def _groups(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], sha
     return groups
 
 
-_MANY, _CLOSE = 16, 20
+_MANY, _CLOSE = 6, 20
 """After `_MANY` groups, on average less than `_CLOSE` blocks apart, it is cheaper to read what is left than to probe it."""
 
 
@@ -303,14 +321,14 @@ def _walk(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], shard
     for get in gets[1:]:
         masks = [mask | get[place](name, 0) for mask, place, name in zip(masks, places, names, strict=True)]
     groups: list[Group] = []
-    for depth, mask in enumerate(masks, depth):  # noqa: B020
+    for i, mask in enumerate(masks):
         if mask & here != here:
             left = mask & here
-            groups.append((depth, here & ~left))
+            groups.append((depth + i, here & ~left))
             here = left
             if not here:
                 return groups
-    groups.append((depth + 1, here))
+    groups.append((depth + len(masks), here))
     return groups
 
 

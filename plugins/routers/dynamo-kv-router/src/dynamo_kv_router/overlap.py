@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import attrs
+import numpy as np
 
 from dynamo_core.routing.contract import Fleet, RoutingRequest
 from dynamo_core.routing.facts import OVERLAP_TOKENS
@@ -18,5 +19,5 @@ class KvOverlap:
     scale = "unit"
 
     def score(self, request: RoutingRequest, fleet: Fleet) -> Sequence[float]:
-        whole = max(1, request.prompt_tokens)
-        return [overlap / whole for overlap in fleet[OVERLAP_TOKENS]]
+        share: Sequence[float] = np.asarray(fleet[OVERLAP_TOKENS], float) / max(1, request.prompt_tokens)  # pyright: ignore[reportAssignmentType]
+        return share

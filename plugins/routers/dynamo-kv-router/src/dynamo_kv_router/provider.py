@@ -15,9 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
-import numpy as np
 from attrs import validators as v
-from numpy.typing import NDArray
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.engines.contract import KvEvent
@@ -29,7 +27,7 @@ from dynamo_core.routing.contract import Fact, RoutingRequest, Surroundings, Wor
 from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.types import Instance
 from dynamo_kv_router.facts import INDEX_AGE, INDEX_PROBLEM, INDEX_STATE, OVERLAPS, PREDICTED_TOKENS
-from dynamo_kv_router.index import Index
+from dynamo_kv_router.index import SENT, Index
 from dynamo_kv_router.recent import Recent
 from dynamo_kv_router.source import Source
 
@@ -65,29 +63,24 @@ class KvIndex:
     provides = (*OVERLAPS, PREDICTED_TOKENS, INDEX_STATE, INDEX_PROBLEM, INDEX_AGE)
     topics = ("kv",)
     clock: Callable[[], float] = attrs.field(default=time.monotonic, init=False, repr=False)
-    index: Index = attrs.field(init=False, repr=False, default=attrs.Factory(lambda self: Index(self.limit), takes_self=True))
-    hasher: Hasher = attrs.field(init=False, repr=False, factory=lambda: Hasher(secrets.token_bytes(32), 16))
+    hasher: Hasher = attrs.field(init=False, repr=False)
+    index: Index = attrs.field(init=False, repr=False)
+    _recent: Recent = attrs.field(init=False, repr=False)
     _secret: bytes = attrs.field(init=False, repr=False, factory=lambda: secrets.token_bytes(32))
     _sources: dict[Worker, Source] = attrs.field(init=False, repr=False, factory=dict[Worker, Source])
     _rooms: dict[Worker, int] = attrs.field(init=False, repr=False, factory=dict[Worker, int])
     _chains: dict[Worker, Chains] = attrs.field(init=False, repr=False, factory=dict[Worker, Chains])
-    _sent: Recent = attrs.field(init=False, repr=False, default=attrs.Factory(lambda self: self._recent(self.ttl), takes_self=True))
-    """To workers that are not followed by events."""
-    _foretold: Recent = attrs.field(init=False, repr=False, default=attrs.Factory(lambda self: self._recent(self.predict), takes_self=True))
-    """To workers that are."""
     _last: tuple[Sequence[int], str | None, str | None, Keys] | None = attrs.field(init=False, repr=False, default=None)
     _still: dict[Fact[Any], Sequence[Any]] = attrs.field(init=False, repr=False, factory=dict[Fact[Any], Sequence[Any]])
     """Columns that stay as they are until a worker comes, goes, or changes its state."""
     _still_for: Sequence[Worker] | None = attrs.field(init=False, repr=False, default=None)
-    _trusted: NDArray[np.bool_] | None = attrs.field(init=False, repr=False, default=None)
-    """Rows to be read from the index; `None`: all."""
     _aged: float = attrs.field(init=False, repr=False, default=-math.inf)
     _surroundings: Surroundings | None = attrs.field(init=False, repr=False, default=None)
     _tasks: set[asyncio.Task[None]] = attrs.field(init=False, repr=False, factory=set[asyncio.Task[None]])
     _turn: asyncio.Semaphore = attrs.field(init=False, repr=False, factory=lambda: asyncio.Semaphore(ASK_AT_ONCE))
 
-    def _recent(self, ttl: float) -> Recent:
-        return Recent(ttl, limit=self.limit, room=lambda worker: self._rooms.get(worker, _NOBODY))
+    def __attrs_post_init__(self) -> None:
+        self._name_by(self._secret, 16)
 
     # -------------------------------------------------------------- the fleet
 
@@ -101,8 +94,7 @@ class KvIndex:
             source = self._sources[worker] = Source(worker, instance, publishes, since=self.clock())
             if publishes and card.block_size != self.hasher.block_size:
                 source.refused = f"it has blocks of {card.block_size} tokens, and other workers of the model have {self.hasher.block_size}"
-            for book in (self.index, self._sent, self._foretold):
-                book.join(worker)
+            self._admit(source)
             self._ask(source)
         else:
             known.instance = instance
@@ -112,20 +104,24 @@ class KvIndex:
         self._sources.pop(worker, None)
         self._rooms.pop(worker, None)
         self._chains.pop(worker, None)
-        for book in (self.index, self._sent, self._foretold):
-            book.drop_worker(worker)
+        self.index.drop_worker(worker)
+        self._recent.drop_worker(worker)
         self._still_for = None
+
+    def _admit(self, source: Source) -> None:
+        self.index.join(source.worker)
+        self._recent.join(source.worker, self.predict if source.publishes and not source.degraded else self.ttl, self._rooms.get(source.worker, _NOBODY))
 
     def _name_by(self, secret: bytes, block_size: int) -> None:
         """From now on keys are these; what was known under others is of no use."""
         self._secret, self.hasher = secret, Hasher(secret, block_size)
-        self.index, self._sent, self._foretold = Index(self.limit), self._recent(self.ttl), self._recent(self.predict)
+        self.index = Index(self.limit)
+        self._recent = Recent(self.index, self.limit)
         self._last = None
         self._chains.clear()
-        for worker, source in self._sources.items():
+        for source in self._sources.values():
             source.forget()
-            for book in (self.index, self._sent, self._foretold):
-                book.join(worker)
+            self._admit(source)
 
     # -------------------------------------------------------------- the question
 
@@ -152,23 +148,19 @@ class KvIndex:
         keys = self.keys(request)[: max(0, len(request.token_ids) - 1) // size]
         if not len(keys):
             return self._still
-        foretold = self._foretold.match(keys, now).depths(workers)
-        sent = self._sent.match(keys, now).depths(workers)
-        likely = np.maximum(foretold, sent)
+        self._recent.expire(now)
         columns: dict[Fact[Any], Any] = dict(self._still)
-        reached = None
+        reached = self.index.match(keys).depths(workers)
+        if len(self._recent):
+            likely = self.index.match(keys, sent=True).depths(workers)
+            columns[PREDICTED_TOKENS] = (likely - reached) * size
+            reached = likely
+        columns[OVERLAP_TOKENS] = reached * size
         for level in self.index.levels:
-            known = self.index.match(keys, level).depths(workers)
-            if self._trusted is not None:
-                known *= self._trusted
-            if reached is None:
-                columns[PREDICTED_TOKENS] = np.maximum(likely - known, 0) * size
-                known = np.maximum(known, likely)
-                columns[OVERLAP_TOKENS] = known * size
-            else:
-                known = np.maximum(known, reached)
-                columns[OVERLAPS[level]] = (known - reached) * size
-            reached = known
+            if 0 < level < SENT:
+                deeper = self.index.match(keys, level, sent=True).depths(workers)
+                columns[OVERLAPS[level]] = (deeper - reached) * size
+                reached = deeper
         return columns
 
     def _refresh(self, workers: Sequence[Worker]) -> None:
@@ -179,18 +171,16 @@ class KvIndex:
         nothing = (0,) * len(workers)
         self._still = dict.fromkeys((*OVERLAPS, PREDICTED_TOKENS), nothing)
         self._still |= {INDEX_PROBLEM: problems, INDEX_STATE: tuple([_state(s) for s in sources])}
-        trusted = np.array([s is not None and s.publishes and not s.degraded for s in sources], bool)
-        self._trusted = None if trusted.all() else trusted
         self._still_for, self._aged = workers, -math.inf
 
     # -------------------------------------------------------------- what was sent
 
     def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
         if (source := self._sources.get(worker)) is not None:
-            if not source.publishes or source.degraded:
-                self._sent.record(worker, self.keys(request), self.clock())
-            elif self.predict:
-                self._foretold.record(worker, self.keys(request), self.clock())
+            keys = self.keys(request)
+            if source.publishes and not source.degraded:
+                keys = keys[self.index.depth(worker, keys) :] if self.predict else keys[:0]
+            self._recent.record(worker, keys, self.clock())
 
     def first_token(self, request_id: str, worker: Worker, cached_tokens: int | None) -> None: ...
 
@@ -202,14 +192,18 @@ class KvIndex:
 
     def feed(self, worker: Worker, events: Sequence[KvEvent]) -> None:
         """Events from an engine itself, without a wire between: for replay in virtual time, and for tests."""
-        if (source := self._sources.get(worker)) is None:
-            return
         if (chains := self._chains.get(worker)) is None:
             chains = self._chains[worker] = Chains(self.hasher)
+        self.apply(worker, chains.apply(events))
+
+    def apply(self, worker: Worker, changes: Sequence[Change]) -> None:
+        """What `feed` comes to, for callers who know blocks by keys alone."""
+        if (source := self._sources.get(worker)) is None:
+            return
         if not source.whole:
             source.whole, self._still_for = True, None
         source.heard = self.clock()
-        for change in chains.apply(events):
+        for change in changes:
             self.index.apply(worker, change)
 
     def on_event(self, topic: str, publisher: int, payload: bytes) -> None:
@@ -241,11 +235,16 @@ class KvIndex:
             if problem:
                 log.warning("worker %s is routed by what it was sent, and not by its KV events: %s", source.instance.label, problem)
                 source.forget()
-                self.index.clear(source.worker)
+                self._clear(source)
             else:
                 log.warning("worker %s is routed by its KV events again", source.instance.label)
                 self._ask(source)
+            self._admit(source)
             self._still_for = None
+
+    def _clear(self, source: Source) -> None:
+        self.index.clear(source.worker)
+        self._recent.restore(source.worker)
 
     def problems(self) -> Mapping[str, str]:
         now = self.clock()
@@ -323,7 +322,7 @@ class KvIndex:
         whole, changes = source.answered(news)
         source.heard = self.clock()
         if whole:
-            self.index.clear(source.worker)
+            self._clear(source)
         for op, level, keys in changes:
             for start in range(0, max(1, len(keys)), STEP):
                 if self._sources.get(source.worker) is not source:

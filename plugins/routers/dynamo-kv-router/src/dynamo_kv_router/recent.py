@@ -1,61 +1,66 @@
 """What was sent to a worker is assumed to be in its cache: for a while, and up to what the cache can hold.
 
 This is all that is known of workers that publish no events, and it bridges the moment between a decision and the event that confirms it.
+It lives in a level of the index that is its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable
 from itertools import repeat
 
 import attrs
+import numpy as np
 
 from dynamo_core.kv.hashing import Keys
 from dynamo_core.routing.contract import Worker
-from dynamo_kv_router.index import Index, Match
+from dynamo_kv_router.index import SENT, Index
 
 _ROUND = 8
-"""Entries that one call looks at, at most, so that no request pays for many others."""
+"""Chains that one call forgets, at most, so that no request pays for many others."""
 
 
 @attrs.define(eq=False)
 class _Sent:
     """Chains sent to one worker, oldest first."""
 
+    ttl: float
     room: int
-    """Blocks that it may hold."""
     order: deque[tuple[float, int, Keys]] = attrs.field(factory=deque[tuple[float, int, Keys]])
     last: dict[int, int] = attrs.field(factory=dict[int, int])
     """Key to the number of the latest chain with it."""
 
 
 class Recent:
-    """Least recently sent goes first, leaf before root: a chain gives up only the blocks that no later chain has touched, and those are its end."""
+    """Least recently sent goes first: a chain gives up only the blocks that no later chain has touched."""
 
-    def __init__(self, ttl: float, *, limit: int = 2_000_000, room: Callable[[Worker], int] | None = None) -> None:
-        """:param ttl: seconds that a chain counts after it was sent. :param limit: keys in all. :param room: blocks that a worker can hold."""
-        self.ttl = ttl
+    def __init__(self, index: Index, limit: int) -> None:
+        """:param limit: (worker, block) pairs to remember; past it, the worker with most of them forgets its oldest."""
         self.limit = limit
-        self._room: Callable[[Worker], int] = room or (lambda worker: limit)
-        self._index = Index(limit * 2, shards=64)
+        self._index = index
         self._sent: dict[Worker, _Sent] = {}
         self._number = 0
         self._held = 0
+        self._next = math.inf
+        """No chain expires before."""
 
     def __len__(self) -> int:
-        """(Worker, key) pairs."""
+        """(Worker, block) pairs."""
         return self._held
 
-    def join(self, worker: Worker) -> None:
-        if worker not in self._sent:
-            self._sent[worker] = _Sent(max(1, self._room(worker)))
-            self._index.join(worker)
+    def join(self, worker: Worker, ttl: float, room: int) -> None:
+        """Follow a worker, or follow it differently from now on. :param ttl: seconds. :param room: blocks that it can hold."""
+        if (sent := self._sent.get(worker)) is None:
+            self._sent[worker] = _Sent(ttl, max(1, room))
+        else:
+            sent.ttl, sent.room = ttl, max(1, room)
+            self._next = -math.inf
 
     def drop_worker(self, worker: Worker) -> None:
+        """The index forgets the worker by itself."""
         if (sent := self._sent.pop(worker, None)) is not None:
             self._held -= len(sent.last)
-            self._index.drop_worker(worker)
 
     def record(self, worker: Worker, keys: Keys, now: float) -> None:
         """`worker` is being sent a prompt with these blocks."""
@@ -67,46 +72,37 @@ class Recent:
         sent.last.update(zip(keys.tolist(), repeat(self._number)))
         self._held += len(sent.last)
         sent.order.append((now, self._number, keys))
-        self._index.add(worker, keys)
+        self._next = min(self._next, now + sent.ttl)
+        self._index.add(worker, keys, SENT)
         while len(sent.last) > sent.room:
             self._forget_oldest(worker, sent)
-        self._prune(worker)
-
-    def match(self, keys: Keys, now: float) -> Match:
-        self.expire(now)
-        return self._index.match(keys)
+        while self._held > self.limit:
+            self._forget_oldest(*max(self._sent.items(), key=lambda item: len(item[1].last)))
 
     def expire(self, now: float) -> None:
         """Forget what is too old, a bounded number of chains a call."""
-        before = now - self.ttl
+        if now < self._next:
+            return
         budget = _ROUND
+        self._next = math.inf
         for worker, sent in self._sent.items():
-            while sent.order and sent.order[0][0] <= before:
-                if not budget:
-                    return
+            while budget and sent.order and sent.order[0][0] + sent.ttl <= now:
                 budget -= 1
                 self._forget_oldest(worker, sent)
+            if sent.order:
+                self._next = min(self._next, sent.order[0][0] + sent.ttl)
 
-    def _prune(self, worker: Worker) -> None:
-        """Over the limit, the worker that holds most gives way."""
-        while self._held > self.limit:
-            worker, sent = max(self._sent.items(), key=lambda item: len(item[1].last))
-            for _ in range(min(_ROUND, len(sent.order))):
-                self._forget_oldest(worker, sent)
+    def restore(self, worker: Worker) -> None:
+        """The index has cleared the worker: put in again what is still assumed."""
+        if (sent := self._sent.get(worker)) is not None and sent.last:
+            self._index.add(worker, np.array([*sent.last], np.uint64), SENT)
 
     def _forget_oldest(self, worker: Worker, sent: _Sent) -> None:
         _, number, keys = sent.order.popleft()
-        names, last = keys.tolist(), sent.last
-        # What a later chain shares with this one is a prefix of both: look for its end.
-        low, high = 0, len(names)
-        while low < high:
-            middle = (low + high) >> 1
-            if last.get(names[middle]) == number:
-                high = middle
-            else:
-                low = middle + 1
-        if low < len(names):
-            for name in names[low:]:
+        last = sent.last
+        mine = [name for name in keys.tolist() if last.get(name) == number]
+        if mine:
+            for name in mine:
                 del last[name]
-            self._held -= len(names) - low
-            self._index.remove(worker, keys[low:])
+            self._held -= len(mine)
+            self._index.remove(worker, np.array(mine, np.uint64), SENT)
