@@ -4,7 +4,7 @@ Cutting is what makes caching possible: a conversation that grows is tokenized f
 that many prompts begin with is tokenized once. Two kinds of cuts are exact:
 
 - before a special token, because a tokenizer takes these out of the text before it does anything else;
-- before the space in `a b`, for tokenizers that split text into words by a pattern known to end a word there.
+- before a single space between two visible characters, for tokenizers that split text into words by a pattern known to end a word there.
 
 Which kinds hold is read from the `tokenizer.json`. What is not known to be exact is not cut.
 """
@@ -21,9 +21,11 @@ CHUNK = 2048
 """Characters after which a long piece is cut at the next place between two words."""
 
 _BETWEEN_WORDS = re.compile("(?<=[a-z])(?= [a-z])")
+_LOOSE_SPACE = re.compile(r" (?:(?<=[^\w!-~] )|(?![\w!-~]))")
+"""A space that does not stand between two visible characters. Marks that combine with others do not count as visible."""
 
-# Patterns for which a word that ends in a letter ends before a space, and a space and a letter after it begin the next: what stands
-# in one word is letters with at most one other character before them. Cutting there cannot change how either side is split.
+# Patterns for which a word ends before a space that stands alone between two visible characters, and that space begins the next: none of
+# their words has a space inside, nor at its end unless more space or the end of the text follows. Cutting there cannot change how either side is split.
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIXES = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -86,6 +88,7 @@ class Cutter:
         self.special = _before_special(definition.added_tokens)
         """Finds the special tokens, or `None` when cutting before them is not exact."""
         self.words = _between_words_is_exact(definition)
+        self._spaced = [token.content for token in definition.added_tokens if " " in token.content]
 
     def cut(self, text: str) -> Iterator[str]:
         """The parts of `text`, in order. Where cuts are depends only on what comes before them, so equal beginnings give equal parts."""
@@ -97,6 +100,12 @@ class Cutter:
                     start = match.start()
         if start < len(text):
             yield from self._chunks(text, start, len(text))
+
+    def split(self, piece: str) -> list[str] | None:
+        """The words of a piece. Each but the first is to be tokenized with a space before it. `None` when that would not be exact."""
+        if not self.words or _LOOSE_SPACE.search(piece) is not None or any(token in piece for token in self._spaced):
+            return None
+        return piece.split(" ")
 
     def _chunks(self, text: str, start: int, end: int) -> Iterator[str]:
         while self.words and end - start > CHUNK:
@@ -125,7 +134,7 @@ def _overlap(first: str, second: str) -> bool:
 
 
 def _between_words_is_exact(definition: Definition) -> bool:
-    if any(token.lstrip or token.single_word or re.search("[a-z] [a-z]", token.content) for token in definition.added_tokens):
+    if any(token.lstrip or token.rstrip or token.single_word or re.search("[a-z] ([a-z]|$)", token.content) for token in definition.added_tokens):
         return False
     if any(step["type"] != "NFC" for step in _steps(definition.normalizer, "normalizers")):
         return False

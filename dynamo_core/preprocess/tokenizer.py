@@ -10,6 +10,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -17,10 +18,16 @@ from tokenizers import Tokenizer
 
 from dynamo_core.preprocess.pieces import Cutter, Definition
 
-INLINE = 2_000
+INLINE = 4_000
 """Characters up to which tokenizing at once (a millisecond at worst) is cheaper than a thread."""
 CACHE_BYTES = 64 * 2**20
 """Texts and tokens that one tokenizer remembers."""
+WORDS = 50_000
+"""Words whose tokens one tokenizer remembers: about 12 MB. Past that it starts anew; a language's common words are back within a few prompts."""
+NEW_WORDS = 1_000
+"""Words that one text may add: each is a text of its own for the tokenizer, and unpacking its answer holds the interpreter lock."""
+LONG_WORD = 64
+"""Characters of a word that is not worth remembering."""
 
 threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dynamo-text")
 """For long prompts. One pool for all models: more threads than cores would only add to the latency of each."""
@@ -39,6 +46,8 @@ class TextTokenizer:
         self._before, self._after = _added_around(self.reference)
         self._encode: Encode = _accelerated(content, self._encode_reference) or self._encode_reference
         self._cutter = Cutter(definition)
+        self._words: dict[str, Sequence[int]] = {}
+        """Tokens of a space and the word. Entries are never removed, so that threads may share it; the whole is replaced when it is full."""
         self._cache = _Cache(cache_bytes)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -53,14 +62,38 @@ class TextTokenizer:
         pieces = list(self._cutter.cut(text))
         known, missing = self._cache.get(pieces)
         if missing:
-            # All in one call: each return from a thread may have to wait for the interpreter lock.
-            fresh = {piece: array("I", ids) for piece, ids in zip(missing, self._encode(missing), strict=True)}
+            fresh = {piece: array("I", ids) for piece, ids in zip(missing, self._by_words(missing), strict=True)}
             self._cache.put(fresh)
             known |= fresh
         ids: list[int] = []
         for piece in pieces:
             ids.extend(known[piece])
         return ids
+
+    def _by_words(self, pieces: list[str]) -> list[list[int]]:
+        """The tokens of each piece, made of those of its words wherever that is exact: most words of a new text were in an older one."""
+        if len(self._words) > WORDS:
+            self._words = {}
+        known = self._words
+        new: set[str] = set()
+        texts: list[str] = []
+        plans: list[tuple[int, list[str]]] = []
+        """For each piece, which of the texts it starts with, and the words after that."""
+        for piece in pieces:
+            words = self._cutter.split(piece)
+            if words is not None:
+                unknown = set(words[1:]).difference(known, new)
+                if len(unknown) + len(new) > NEW_WORDS or any(len(word) > LONG_WORD for word in unknown):
+                    words = None
+                else:
+                    new |= unknown
+            plans.append((len(texts), [] if words is None else words[1:]))
+            texts.append(piece if words is None else words[0])
+        fresh = list(new)
+        # All in one call: each return from a thread may have to wait for the interpreter lock.
+        encoded = self._encode([*texts, *(" " + word for word in fresh)])
+        known.update(zip(fresh, map(tuple, encoded[len(texts) :]), strict=True))
+        return [list(chain(encoded[first], chain.from_iterable(map(known.__getitem__, words)))) for first, words in plans]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self.reference.decode(token_ids, skip_special_tokens=skip_special_tokens)

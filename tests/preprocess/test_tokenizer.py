@@ -92,7 +92,7 @@ def test_a_conversation_that_grows_is_tokenized_from_its_newest_message_on(chatm
     loaded.encode_now("".join(turn.format(n) for n in range(10)))
     seen.clear()
     loaded.encode_now("".join(turn.format(n) for n in range(11)))
-    assert seen == ["<|im_start|>user\nturn 10"]
+    assert seen == ["<|im_start|>user\nturn", " 10"]
 
 
 def test_documents_with_a_common_beginning_share_its_tokens(chatml, short_chunks: None, no_accelerator: None) -> None:
@@ -122,6 +122,52 @@ def test_common_byte_level_tokenizers_are_cut_at_special_tokens_and_between_word
     cut = cutter(chatml._tokenizer.reference.to_str().encode())
     assert cut.special is not None
     assert cut.words
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("ab é你\u0301\u1161x'1. \n\t\u00a0-"), max_size=60))
+def test_p2_words_tokenized_one_by_one_give_the_tokens_of_the_text(cached: TextTokenizer, text: str) -> None:
+    for _ in range(2):  # from the tokenizer, then from memory
+        assert cached._by_words([text]) == [cached.reference.encode(text, add_special_tokens=False).ids]
+
+
+def test_the_words_of_a_new_text_are_remembered_from_older_ones(chatml, no_accelerator: None) -> None:
+    loaded = load(chatml._tokenizer.reference.to_str().encode())
+    loaded.encode_now("one two three")
+    seen: list[str] = []
+    encode = loaded._encode
+    loaded._encode = lambda texts: seen.extend(texts) or encode(texts)
+    loaded.encode_now("a three two four")
+    assert seen == ["a", " four"]
+
+
+def test_remembered_words_are_bounded_in_number_and_in_length(chatml, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "WORDS", 100)
+    loaded = load(chatml._tokenizer.reference.to_str().encode())
+    for start in range(0, 2000, 50):
+        text = " ".join(["x", *map(str, range(start, start + 50)), "y" * 65])
+        assert loaded.encode_now(text) == loaded.reference.encode(text, add_special_tokens=False).ids
+        text = " ".join(["x", *map(str, range(start, start + 50))])
+        assert loaded.encode_now(text) == loaded.reference.encode(text, add_special_tokens=False).ids
+        assert len(loaded._words) <= 150
+        assert max(map(len, loaded._words)) <= 64
+
+
+@pytest.mark.parametrize("content", ["one two", "one ", " two", " ", "e. T"])
+def test_an_added_token_with_a_space_in_it_is_never_cut(chatml, no_accelerator: None, content: str) -> None:
+    definition = Tokenizer.from_str(chatml._tokenizer.reference.to_str())
+    definition.add_tokens([AddedToken(content, normalized=False)])
+    loaded = load(definition.to_str().encode())
+    for text in ("we saw one two three. Then one more", "one two"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces, "CHUNK", 6)
+            assert loaded.encode_now(text) == loaded.reference.encode(text, add_special_tokens=False).ids
+
+
+def test_a_token_that_takes_the_space_after_it_forbids_cutting_at_spaces(chatml) -> None:
+    definition = Tokenizer.from_str(chatml._tokenizer.reference.to_str())
+    definition.add_special_tokens([AddedToken("<|odd|>", normalized=False, special=True, rstrip=True)])
+    assert not cutter(definition.to_str().encode()).words
 
 
 @pytest.mark.parametrize("options", [{"lstrip": True}, {"single_word": True}])
