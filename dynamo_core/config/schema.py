@@ -133,6 +133,10 @@ class Frontend:
     """Seconds that requests in progress have to end at shutdown."""
     direct_routing: bool = True
     """Clients may pin a request to an instance."""
+    tenant_cache_salt: bool = False
+    """Requests share cached KV blocks only with those of the same tenant (that an authenticator names): nobody can time what others have asked."""
+    tenant_labels: int = attrs.field(default=100, validator=v.ge(0))
+    """So many tenants have a label of their own in metrics; the others are `other`."""
     debug_routes: bool = True
     """`/debug/...`: decisions, workers, configuration. No prompts and no secrets."""
     admin: Admin | None = None
@@ -174,6 +178,51 @@ class Worker:
 
 
 @attrs.frozen
+class QueueClass:
+    """A class of requests with a share of its own. Requests belong to the class that they name (`policy_class`), or to the first that fits their size."""
+
+    name: str = attrs.field(validator=v.matches_re(r"[A-Za-z0-9_.-]+"))
+    share: float = attrs.field(default=1.0, validator=v.gt(0))
+    """Of what the queue lets go while several classes wait, in uncached prompt tokens."""
+    up_to: int | None = attrs.field(default=None, validator=v.optional(v.ge(1)))
+    """Requests that name no class and have at most this many uncached prompt tokens are of this class."""
+    limit: int | None = attrs.field(default=None, validator=v.optional(v.ge(0)))
+    """Requests of the class that may wait; one more is answered 529."""
+    token_limit: int | None = attrs.field(default=None, validator=v.optional(v.ge(0)))
+    """Prompt tokens of the class that may wait."""
+    order: str | None = attrs.field(default=None, validator=v.optional(v.in_(["fcfs", "shortest"])))
+    """Instead of that of the queue."""
+
+
+@attrs.frozen
+class Queue:
+    """Where requests wait while no worker has room for them, so that what comes later can still be placed better, or go first."""
+
+    enabled: bool = True
+    """Off: requests are sent at once, whatever a policy brings along."""
+    prefill_tokens: int | None = attrs.field(default=None, validator=v.optional(v.ge(0)))
+    """A worker has room while the uncached prompt tokens that it was sent and has not prefilled are at most these."""
+    prefill_share: float | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
+    """The same, as a share of the tokens that its engine takes in one step (`max_batched_tokens` of its card)."""
+    wait_for: str = attrs.field(default="any", validator=v.in_(["any", "best"]))
+    """`any`: requests wait until some worker has room. `best`: until the one that the stack would choose has."""
+    order: str = attrs.field(default="fcfs", validator=v.in_(["fcfs", "shortest"]))
+    """`shortest`: the least uncached tokens first, which ageing corrects."""
+    ageing: float = attrs.field(default=20_000.0, validator=v.ge(0))
+    """Tokens by which a request counts as shorter for each second that it waits; 0 lets long ones wait for ever."""
+    longest_first: float = attrs.field(default=0.0, validator=[v.ge(0), v.le(0.5)])
+    """This share of the requests, the longest, goes before all others in the order `shortest`: it bounds the slowest answers."""
+    limit: int = attrs.field(default=1024, validator=v.ge(0))
+    """Requests that may wait; one more is answered 529."""
+    max_wait: float = _positive(120.0)
+    """Seconds after which a request that still waits is answered 529."""
+    lookahead: int = attrs.field(default=8, validator=v.ge(1))
+    """How many requests that cannot go are looked at before the queue waits for something to happen."""
+    classes: tuple[QueueClass, ...] = ()
+    """Classes with shares; without any, all requests are alike."""
+
+
+@attrs.frozen
 class Router:
     """A preset (`use`) or a stack. A role's table (`[router.prefill]`) replaces the whole table for that role."""
 
@@ -189,6 +238,8 @@ class Router:
     """Shorthand: `picker = { use = "softmax", temperature = ... }`."""
     facts: tuple[Use, ...] = attrs.field(default=(), metadata={"kind": "facts"})
     """Options of fact providers; those that a stack needs are added by themselves."""
+    queue: Queue | None = None
+    """Hold requests back while no worker has room; a policy may bring a queue, which this table replaces."""
     seed: int = 0
     """Of ties and chance: the same seed and the same requests give the same decisions."""
     decisions: int = attrs.field(default=4096, validator=v.ge(0))

@@ -22,33 +22,39 @@ except ModuleNotFoundError as e:
     raise ModuleNotFoundError(f"the conformance kits need {e.name}: pip install 'dynamo-core[testing]'", name=e.name) from None
 
 if TYPE_CHECKING:
+    from dynamo_core.contracts.authenticator import AuthenticatorContract
     from dynamo_core.contracts.discovery import DiscoveryContract
     from dynamo_core.contracts.engine import EngineContract
     from dynamo_core.contracts.events import EventPlaneContract
     from dynamo_core.contracts.filter import FilterContract
     from dynamo_core.contracts.picker import PickerContract
     from dynamo_core.contracts.preprocessor import PreprocessorContract
+    from dynamo_core.contracts.rate_limiter import RateLimiterContract
     from dynamo_core.contracts.scorer import ScorerContract
     from dynamo_core.contracts.transport import RequestPlaneContract
 
 _MODULES = {
+    "AuthenticatorContract": "authenticator",
     "DiscoveryContract": "discovery",
     "EngineContract": "engine",
     "EventPlaneContract": "events",
     "FilterContract": "filter",
     "PickerContract": "picker",
     "PreprocessorContract": "preprocessor",
+    "RateLimiterContract": "rate_limiter",
     "RequestPlaneContract": "transport",
     "ScorerContract": "scorer",
 }
 
 __all__ = [
+    "AuthenticatorContract",
     "DiscoveryContract",
     "EngineContract",
     "EventPlaneContract",
     "FilterContract",
     "PickerContract",
     "PreprocessorContract",
+    "RateLimiterContract",
     "RequestPlaneContract",
     "ScorerContract",
 ]

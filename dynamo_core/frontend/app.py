@@ -9,9 +9,9 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamo_core.config.schema import Frontend
-from dynamo_core.frontend.auth import Authenticator
 from dynamo_core.frontend.chat import Chat
 from dynamo_core.frontend.completions import Completions
+from dynamo_core.frontend.contract import Authenticator, RateLimiter
 from dynamo_core.frontend.endpoint import Endpoint
 from dynamo_core.frontend.exchange import request_id
 from dynamo_core.frontend.failure import Failure
@@ -31,6 +31,7 @@ def create_app(
     metrics: HttpMetrics,
     observers: Sequence[FinishedObserver] = (),
     authenticator: Authenticator | None = None,
+    limiter: RateLimiter | None = None,
     extra_routes: Sequence[BaseRoute] = (),
     middleware: Sequence[Middleware] = (),
 ) -> App:
@@ -39,7 +40,7 @@ def create_app(
     :param observers: called at the end of each completion request. :param extra_routes: Starlette routes, tried after the built-in ones.
     :param middleware: around everything, the first one outermost.
     """
-    return App(Service(config, catalog, metrics, observers, authenticator), extra_routes, middleware)
+    return App(Service(config, catalog, metrics, observers, authenticator, limiter), extra_routes, middleware)
 
 
 class App:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from dynamo_core.context import Context
 from dynamo_core.errors import AllBusy, Cancelled, RequestError, StreamTimeout
 from dynamo_core.frontend.body import LINGER, discard, read_body
+from dynamo_core.frontend.contract import Reservation
 from dynamo_core.frontend.deliver import stream, unary
 from dynamo_core.frontend.exchange import Exchange
 from dynamo_core.frontend.failure import Failure, Header
@@ -69,7 +70,9 @@ class Endpoint:
         service, family = self._service, self._family
         exchange.check_numbers()
         if service.authenticator is not None and (principal := await service.authenticate(exchange.headers)) is not None:
-            exchange.tenant, exchange.subject = principal.tenant or exchange.tenant, principal.subject
+            exchange.tenant, exchange.subject, exchange.account = principal.tenant or exchange.tenant, principal.subject, principal.tenant
+        if service.limiter is not None:
+            await service.limiter.admit(exchange.account)
         raw = await read_body(receive, limit=service.config.max_body_bytes, timeout=service.config.body_timeout)
         exchange.body_read = True
         body = decode(family.decoder, raw)
@@ -96,17 +99,22 @@ class Endpoint:
             traceparent=exchange.traceparent,
         )
         generation: Generation | None = None
+        reservation: Reservation | None = None
         limit = asyncio.timeout_at(min(deadline, exchange.arrived + service.config.first_token_timeout))
         watcher: asyncio.Task[None] | None = None
         try:
             async with limit:
                 watcher = loop.create_task(_watch(receive, exchange, context, limit))
                 job = await self._family.prepare(body, model, exchange, direct_routing=service.config.direct_routing)
+                if service.config.tenant_cache_salt and exchange.account is not None:
+                    job.salt(exchange.account)
                 hints = job.requests[0].hints
                 context.priority, context.session = hints.priority, hints.session
                 if job.dry_run:
                     await self._dry_run(job, exchange, context, send)
                     return
+                if service.limiter is not None:
+                    reservation = await service.limiter.reserve(exchange.account, job.longest)
                 generation = await _start(job, context)
                 first = await generation.read()
                 exchange.first_token = time.monotonic()
@@ -123,6 +131,8 @@ class Endpoint:
                 watcher.cancel()
             if generation is not None:
                 exchange.usage, exchange.decisions, exchange.workers = generation.usage, list(generation.decisions), list(generation.workers)
+            if reservation is not None:
+                reservation.settle(exchange.usage.prompt_tokens + exchange.usage.completion_tokens)
             if not exchange.finished:
                 context.cancel("request failed")
                 if generation is not None:

@@ -27,6 +27,7 @@ class Exchange:
     """State of one completion request. Times are `time.monotonic()` seconds."""
 
     __slots__ = (
+        "account",
         "arrived",
         "body_read",
         "decisions",
@@ -69,6 +70,8 @@ class Exchange:
         self.priority: int | None = None
         self.instance: int | None = None
         self.subject: str | None = None
+        self.account: str | None = None
+        """The tenant that an authenticator vouches for: who is limited and counted. A header alone is anybody's word."""
         self.body_read = False
         self.responding = False
         """The status line is out."""

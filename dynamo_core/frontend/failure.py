@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import attrs
 import msgspec
 
-from dynamo_core.errors import Cancelled, DynamoError, EndpointNotFound, RateLimited, RequestError, StoreUnavailable, StreamError, Unavailable
+from dynamo_core.errors import Cancelled, DynamoError, EndpointNotFound, QuotaExceeded, RateLimited, RequestError, StoreUnavailable, StreamError, Unavailable
 
 Header = tuple[bytes, bytes]
 
@@ -28,7 +29,7 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException, request_id: str) -> Failure:
         if isinstance(error, RequestError):
-            retry = error.retry_after if isinstance(error, RateLimited) else None
+            retry = error.retry_after if isinstance(error, RateLimited) and not isinstance(error, QuotaExceeded) else None
             return cls(error.status, str(error), error.kind, error.code, error.param, retry)
         if isinstance(error, Unavailable):
             return cls(error.status, str(error), error.kind, error.code, retry_after=error.retry_after)
@@ -53,9 +54,11 @@ class Failure:
     def headers(self) -> list[Header]:
         if self.status == 401:
             return [(b"www-authenticate", b"Bearer")]
+        if self.code == QuotaExceeded.code:
+            return [(b"x-should-retry", b"false")]  # client libraries ask again after any other 429
         if self.retry_after is None:
             return []
-        return [(b"retry-after", b"%d" % max(1, round(self.retry_after)))]
+        return [(b"retry-after", b"%d" % max(1, math.ceil(self.retry_after)))]
 
     @property
     def error_type(self) -> str:

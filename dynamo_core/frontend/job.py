@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
+import msgspec
 
 from dynamo_core.frontend.answers import Answer
 from dynamo_core.frontend.chunks import Chunks
@@ -42,6 +43,15 @@ class Job:
     def choices(self) -> int:
         return len(self.requests) * self.requests[0].sampling.n
 
+    @property
+    def longest(self) -> int:
+        """Tokens that it uses at most: of all prompts, and of all answers at their full length."""
+        return sum(len(r.token_ids) + r.sampling.n * _answer(r) for r in self.requests)
+
+    def salt(self, tenant: str) -> None:
+        """Let it share cached KV blocks only with requests of the same tenant, and of the same salt within it."""
+        self.requests = [msgspec.structs.replace(r, cache_salt=f"{len(tenant)}:{tenant}:{r.cache_salt or ''}") for r in self.requests]
+
     def echoes(self) -> list[str]:
         """For each choice, what stands before its first text."""
         n = self.requests[0].sampling.n
@@ -76,3 +86,10 @@ class Job:
                 case "formatted_prompt":
                     report[name] = list(self.prompts)
         return report
+
+
+def _answer(request: Request) -> int:
+    """Tokens of one answer at its longest, or as the caller expects it."""
+    longest = request.stops.max_tokens or 0
+    expected = request.hints.expected_output_tokens
+    return longest if expected is None else min(longest, expected)

@@ -89,7 +89,8 @@ class _Model:
 class HttpMetrics:
     """Register once per process. The label `model` is `unknown` for requests that name no model of the catalog."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, tenant_labels: int = 100) -> None:
+        """:param tenant_labels: so many tenants have a label of their own, whoever comes first; the others are `other`."""
         self.registry = registry
         labels = ["endpoint", "model", "request_type"]
         self.started = Counter(PREFIX + "requests_started", "Requests whose model is known and that are about to be routed", labels, registry=registry)
@@ -111,7 +112,11 @@ class HttpMetrics:
         self.cached_tokens = Histogram(
             PREFIX + "cached_tokens", "Prompt tokens that an engine took from its cache", ["model"], buckets=TOKEN_BUCKETS, registry=registry
         )
+        self.tenant_requests = Counter(PREFIX + "tenant_requests", "Requests that ended, by tenant", ["tenant", "status"], registry=registry)
+        self.tenant_tokens = Counter(PREFIX + "tenant_tokens", "Tokens, by tenant and kind", ["tenant", "kind"], registry=registry)
         self._models: dict[str, _Model] = {}
+        self._tenants: set[str] = set()
+        self._tenant_labels = tenant_labels
 
     def itl_recorder(self, model: str) -> ItlRecorder:
         return self.itl.recorder(model)
@@ -133,6 +138,8 @@ class HttpMetrics:
                 self.disconnected.inc()
                 if exchange.model:
                     self.cancellations.labels(exchange.endpoint, model, kind).inc()
+        if exchange.account is not None:
+            self._count_tenant(exchange, exchange.account)
         if not exchange.model:
             return
         children = self._model(model)
@@ -145,6 +152,18 @@ class HttpMetrics:
             children.output.observe(usage.completion_tokens)
             children.output_total.inc(usage.completion_tokens)
             children.cached.observe(usage.cached_tokens)
+
+    def _count_tenant(self, exchange: Exchange, tenant: str) -> None:
+        if tenant not in self._tenants:
+            if len(self._tenants) < self._tenant_labels:
+                self._tenants.add(tenant)
+            else:
+                tenant = "other"
+        usage = exchange.usage
+        self.tenant_requests.labels(tenant, str(exchange.status)).inc()
+        for kind, tokens in (("prompt", usage.prompt_tokens), ("cached", usage.cached_tokens), ("completion", usage.completion_tokens)):
+            if tokens:
+                self.tenant_tokens.labels(tenant, kind).inc(tokens)
 
     def _model(self, model: str) -> _Model:
         if (children := self._models.get(model)) is None:

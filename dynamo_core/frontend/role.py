@@ -28,6 +28,9 @@ from dynamo_core.runtime.worker_role import process_registry
 
 log = logging.getLogger(__name__)
 
+_MEET = 10.0
+"""Seconds that a replica waits for its fleet before it shares the port."""
+
 
 async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) -> int:
     """Serve until `stop` is set, then drain: discovery stays up until the last stream has ended."""
@@ -38,8 +41,10 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
     try:
         async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, registry) as catalog:
             authenticator: Any = build(settings.authenticator, "authenticator", plugins) if settings.authenticator else None
+            limiter: Any = build(settings.rate_limiter, "rate_limiter", plugins) if settings.rate_limiter else None
             app = create_app(
-                settings, catalog, metrics=HttpMetrics(registry), authenticator=authenticator, observers=finished_observers(plugins),
+                settings, catalog, metrics=HttpMetrics(registry, tenant_labels=settings.tenant_labels), authenticator=authenticator, limiter=limiter,
+                observers=finished_observers(plugins),
                 extra_routes=[route for use in settings.routes for route in build(use, "routes", plugins).routes(catalog)],
                 middleware=[Middleware(build(use, "middleware", plugins).wrap) for use in settings.middleware],
             )
@@ -57,6 +62,9 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
             leaving = asyncio.create_task(_leave(stop, app, runtime), name="leave")
             try:
                 async with _admin(config, app.admin, runtime):
+                    if settings.processes > 1:
+                        # The kernel gives every process that listens its share of the clients: none for one that has yet to meet the fleet.
+                        await catalog.settled(_MEET)
                     await server.serve(app, host=settings.host, port=settings.port, tls=settings.tls, stop=stop, reuse_port=settings.processes > 1,
                                        on_listening=listening, drain_timeout=settings.drain_timeout)
             except OSError as e:

@@ -11,7 +11,7 @@ from typing import Protocol
 import attrs
 
 from dynamo_core.config.schema import Frontend
-from dynamo_core.frontend.auth import Authenticator, Principal
+from dynamo_core.frontend.contract import Authenticator, Principal, RateLimiter
 from dynamo_core.frontend.exchange import Exchange
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.pipeline.contract import Catalog
@@ -33,6 +33,7 @@ class Service:
     metrics: HttpMetrics
     observers: Sequence[FinishedObserver] = ()
     authenticator: Authenticator | None = None
+    limiter: RateLimiter | None = None
     draining: bool = False
     in_progress: set[str] = attrs.field(factory=lambda: set[str]())
     """Unique ids of the requests in progress."""

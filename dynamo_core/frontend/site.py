@@ -46,7 +46,8 @@ def site(service: Service, extra_routes: Sequence[BaseRoute]) -> Starlette:
 
 def admin_site(service: Service) -> ASGIApp:
     """What operators and their monitoring read, for an address of its own. All but health needs the key, if there is one."""
-    inner = _application([_get(service, "/health", health.health), _get(service, "/live", health.live), _get(service, "/ready", health.ready), *_operators(service)])
+    get = partial(_get, service)
+    inner = _application([get("/health", health.health), get("/live", health.live), get("/ready", health.ready), *_operators(service)])
     key = service.config.admin.key if service.config.admin else None
     expected = b"Bearer " + key.encode() if key else b""
 

@@ -106,6 +106,11 @@ class FleetCatalog:
             raise Unavailable(missing)
         return model
 
+    async def settled(self, timeout: float) -> None:
+        """Return when every worker that is known now was admitted, or after `timeout` seconds. At once when there is none."""
+        if admitting := [task for task in self._admitting.values() if not task.done()]:
+            await asyncio.wait(admitting, timeout=timeout)
+
     def models(self) -> Sequence[ServedModel]:
         return [model for _, model in sorted(self._models.items()) if model.not_ready() is None]
 

@@ -35,9 +35,9 @@ class TcpPlane:
     """The same in bytes, of streams that carry bytes; one item may exceed it."""
     connect_timeout: float = attrs.field(default=3.0, validator=v.gt(0))
     """Seconds, for the connection, the TLS handshake and the hello together; a peer that connects to us has as long."""
-    ping_interval: float = attrs.field(default=5.0, validator=v.gt(0))
+    ping_interval: float = attrs.field(default=2.5, validator=v.gt(0))
     """Seconds of silence after which the peer is asked whether it lives."""
-    ping_timeout: float = attrs.field(default=10.0, validator=v.gt(0))
+    ping_timeout: float = attrs.field(default=5.0, validator=v.gt(0))
     """Seconds it has to answer. A worker that stands still for less loses nothing."""
 
     scheme = "tcp"

@@ -10,7 +10,7 @@ from fake_catalog import words
 
 from dynamo_core import errors
 from dynamo_core.config.schema import Frontend
-from dynamo_core.frontend.auth import Principal
+from dynamo_core.frontend.contract import Principal
 from dynamo_core.types import Delta
 
 FAILURES = [
