@@ -247,9 +247,13 @@ class KvIndex:
         self._recent.restore(source.worker)
 
     def problems(self) -> Mapping[str, str]:
-        now = self.clock()
-        found = {f"kv {s.instance.label}" + (f"/{s.worker.dp_rank}" if s.worker.dp_rank else ""): s.problem(now, self.silence) for s in self._sources.values()}
-        return {name: problem for name, problem in found.items() if problem}
+        found: dict[str, str] = {}
+        for source in self._sources.values():
+            self._look(source)
+            if source.degraded:
+                rank = f"/{source.worker.dp_rank}" if source.worker.dp_rank else ""
+                found[f"kv {source.instance.label}{rank}"] = source.problem(self.clock(), self.silence)
+        return found
 
     # -------------------------------------------------------------- asking, where there is a fleet
 
