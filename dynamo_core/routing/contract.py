@@ -267,6 +267,19 @@ class FollowsRequests(Protocol):
 
 
 @runtime_checkable
+class FollowsQueue(Protocol):
+    """The router's queue looks through what waits, again and again; each look starts with `unparked`."""
+
+    def parked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
+        """The request waits for `worker`, before everything that is routed until the next look."""
+        ...
+
+    def unparked(self) -> None:
+        """Nothing waits for anybody: a new look begins."""
+        ...
+
+
+@runtime_checkable
 class FollowsEvents(Protocol):
     topics: Sequence[str]
     """Last parts of event-plane topics, such as `load` or `kv`; the runtime subscribes below the model's component."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import attrs
 
+from dynamo_core.config.schema import Queue
 from dynamo_core.routing.contract import Dice, Fact, Filter, Fleet, Picker, Policy, RoutingRequest, Scorer, Worker
 from dynamo_core.routing.pickers import best
 
@@ -83,6 +84,8 @@ class Stack:
     policy: Part | None = None
     providers: tuple[Part, ...] = ()
     """Of facts. Where two provide the same fact, the first counts."""
+    queue: Queue | None = None
+    """How requests wait while no worker has room; decisions do not depend on it."""
     needs: frozenset[Fact[Any]] = attrs.field(init=False)
     hash: str = attrs.field(init=False)
     """Digest of `describe()`: two stacks with the same hash decide alike."""

@@ -16,6 +16,7 @@ DRAINING: Fact[bool] = Fact("worker.draining", bool, "", "The worker is leaving 
 PROVEN: Fact[bool] = Fact("worker.proven", bool, "", "A canary request has come back from the worker.")
 TAINTS: Fact[tuple[str, ...]] = Fact("worker.taints", tuple, "", "Labels that the worker put on its card, such as `gpu=h200`.")
 MAX_SEQUENCES: Fact[int] = Fact("worker.max_sequences", int, "{sequence}", "How many sequences its engine runs at once; 0 when the card does not say.")
+MAX_BATCHED_TOKENS: Fact[int] = Fact("worker.max_batched_tokens", int, "{token}", "Tokens that its engine takes in one step; 0 when the card does not say.")
 TOTAL_BLOCKS: Fact[int] = Fact("worker.total_blocks", int, "{block}", "KV blocks that its engine holds; 0 when the card does not say.")
 BLOCK_SIZE: Fact[int] = Fact("worker.block_size", int, "{token}", "Tokens in one KV block.")
 TURN: Fact[int] = Fact("worker.turn", int, "", "Number of the last decision of this router that chose the worker; -1 when none did.")

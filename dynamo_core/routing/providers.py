@@ -28,6 +28,7 @@ from dynamo_core.routing.facts import (
     IN_FLIGHT,
     INHIBITED,
     INHIBITED_WHY,
+    MAX_BATCHED_TOKENS,
     MAX_SEQUENCES,
     PROVEN,
     TAINTS,
@@ -78,6 +79,7 @@ class Rows(Generic[S]):
 class _Member:
     taints: tuple[str, ...] = ()
     max_sequences: int = 0
+    max_batched_tokens: int = 0
     total_blocks: int = 0
     block_size: int = 16
     proven: bool = False
@@ -91,7 +93,7 @@ class _Member:
 class FleetFacts:
     """Who is there: what the model card says, health, and whose turn was when."""
 
-    provides = (INHIBITED, INHIBITED_WHY, DRAINING, PROVEN, TAINTS, MAX_SEQUENCES, TOTAL_BLOCKS, BLOCK_SIZE, TURN)
+    provides = (INHIBITED, INHIBITED_WHY, DRAINING, PROVEN, TAINTS, MAX_SEQUENCES, MAX_BATCHED_TOKENS, TOTAL_BLOCKS, BLOCK_SIZE, TURN)
     clock: Callable[[], float] = attrs.field(default=time.monotonic, init=False, eq=False, repr=False)
     _rows: Rows[_Member] = attrs.field(factory=lambda: Rows(_Member), init=False, eq=False, repr=False)
     _still: dict[Fact[Any], tuple[Any, ...]] = attrs.field(factory=dict, init=False, eq=False, repr=False)
@@ -104,6 +106,7 @@ class FleetFacts:
         member = self._rows.join(worker)
         member.taints, member.block_size = card.taints, card.block_size
         member.max_sequences, member.total_blocks = card.max_sequences or 0, card.total_blocks or 0
+        member.max_batched_tokens = card.max_batched_tokens or 0
         self._still_for = None
 
     def left(self, worker: Worker) -> None:
@@ -142,6 +145,7 @@ class FleetFacts:
             PROVEN: tuple([m.proven for m in members]),
             TAINTS: tuple([m.taints for m in members]),
             MAX_SEQUENCES: tuple([m.max_sequences for m in members]),
+            MAX_BATCHED_TOKENS: tuple([m.max_batched_tokens for m in members]),
             TOTAL_BLOCKS: tuple([m.total_blocks for m in members]),
             BLOCK_SIZE: tuple([m.block_size for m in members]),
         }

@@ -54,6 +54,8 @@ class Decision:
     """The worker that actually served, set by the pipeline."""
     outcome: str = ""
     """`done`, `failed` or `cancelled`, once it is known."""
+    waited: float = 0.0
+    """Seconds in the router's queue before it."""
 
     # -------------------------------------------------------------- what people ask
 
@@ -116,6 +118,8 @@ class Decision:
         if self.dispatched is not None or self.outcome:
             served = "nobody" if self.dispatched is None else dict(zip(self.workers, names, strict=True)).get(self.dispatched, str(self.dispatched))
             about.append(f"served by  {served}" + (f", {self.outcome}" if self.outcome else ""))
+        if self.waited:
+            about.append(f"waited     {self.waited:.3f} s in the router's queue")
         if (wanted := _hints(request)) != "":
             about.append(f"hints      {wanted}")
         if ages := [age for age in self.columns.get(known.ENGINE_REPORT_AGE, ()) if math.isfinite(age)]:
@@ -184,6 +188,7 @@ class Decision:
             "dry_run": self.dry_run,
             "dispatched": self.dispatched and list(self.dispatched),
             "outcome": self.outcome,
+            "waited": self.waited,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -217,7 +222,8 @@ class Decision:
                 id=raw["id"],
                 request=RoutingRequest(
                     request["id"], request["model"], (), request["prompt_tokens"], request["role"], msgspec.convert(request["hints"], Hints),
-                    request["adapter"], None, request["max_tokens"], tuple(Worker(*worker) for worker in request["failed"]), request.get("tenant"),
+                    request["adapter"], None, request["max_tokens"], tuple(Worker(*worker) for worker in request["failed"]), (),
+                    request.get("tenant"),
                 ),
                 worker=_worker(raw["worker"]),
                 workers=tuple(Worker(*worker) for worker in raw["workers"]),
@@ -235,6 +241,7 @@ class Decision:
                 dry_run=raw["dry_run"],
                 dispatched=_worker(raw["dispatched"]),
                 outcome=raw["outcome"],
+                waited=raw.get("waited", 0.0),
             )
         except (KeyError, TypeError, AttributeError, msgspec.ValidationError, json.JSONDecodeError) as e:
             raise ValueError(f"this is no decision record: {type(e).__name__}: {e}") from e

@@ -18,8 +18,19 @@ import attrs
 
 from dynamo_core.cards import ModelCard, Role
 from dynamo_core.errors import AllBusy, NoWorker
-from dynamo_core.routing.contract import Dice, Fact, FollowsDecisions, FollowsEvents, FollowsFleet, FollowsHealth, FollowsRequests, RoutingRequest, Worker
-from dynamo_core.routing.decide import Part, Stack, options_of, said
+from dynamo_core.routing.contract import (
+    Dice,
+    Fact,
+    FollowsDecisions,
+    FollowsEvents,
+    FollowsFleet,
+    FollowsHealth,
+    FollowsQueue,
+    FollowsRequests,
+    RoutingRequest,
+    Worker,
+)
+from dynamo_core.routing.decide import Choice, Part, Stack, options_of, said
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.ring import Ring
 from dynamo_core.types import Instance
@@ -72,6 +83,20 @@ class _Open:
     output_tokens: int = 0
 
 
+@attrs.frozen(eq=False)
+class Weighed:
+    """A decision that was not taken yet."""
+
+    request: RoutingRequest
+    """Without the prompt and the cache salt."""
+    columns: Mapping[Fact[Any], Sequence[Any]]
+    choice: Choice
+    workers: Sequence[Worker]
+    labels: Sequence[str]
+    seed: int
+    started: float
+
+
 class Router:
     """Decides for one (model, role), and tells its fact providers what happens.
 
@@ -109,7 +134,26 @@ class Router:
 
         :raises AllBusy: every worker that could take the request is at its limit. :raises NoWorker: nobody can take it.
         """
-        decision = self._decide(request, dry_run=False)
+        return self.settle(self.weigh(request))
+
+    def dry_run(self, request: RoutingRequest) -> Decision:
+        """What `route` would decide now. It is recorded, and changes nothing else; never raises for want of workers."""
+        return self._record(self.weigh(request), dry_run=True)
+
+    def weigh(self, request: RoutingRequest) -> Weighed:
+        """What `route` would decide now, neither recorded nor told to anybody. `settle` makes it the decision, if that comes before anything else."""
+        started = time.perf_counter()
+        columns = self._columns(request)
+        seed = self._seed_of(self._decided)
+        tokens = request.prompt_tokens or len(request.token_ids)
+        bare = RoutingRequest(
+            request.id, request.model, (), tokens, request.role, request.hints, request.adapter, None, request.max_tokens, request.failed, (), request.tenant
+        )
+        return Weighed(bare, columns, self.stack.decide(bare, self._workers, columns, Dice(seed)), self._workers, self._labels, seed, started)
+
+    def settle(self, weighed: Weighed, waited: float = 0.0) -> Decision:
+        """Make it the decision. :param waited: seconds that the request spent in a queue before. :raises AllBusy: and :raises NoWorker: as `route` does."""
+        decision = self._record(weighed, dry_run=False, waited=waited)
         self._decided += 1
         if decision.worker is None:
             raise self._refusal(decision)
@@ -120,29 +164,18 @@ class Router:
                 self._fault(part.name, said(e))
         return decision
 
-    def dry_run(self, request: RoutingRequest) -> Decision:
-        """What `route` would decide now. It is recorded, and changes nothing else; never raises for want of workers."""
-        return self._decide(request, dry_run=True)
-
-    def _decide(self, request: RoutingRequest, *, dry_run: bool) -> Decision:
-        started = time.perf_counter()
-        columns = self._columns(request)
-        seed = self._seed_of(self._decided)
-        stack = self.stack
-        tokens = request.prompt_tokens or len(request.token_ids)
-        bare = RoutingRequest(
-            request.id, request.model, (), tokens, request.role, request.hints, request.adapter, None, request.max_tokens, request.failed
-        )
-        choice = stack.decide(bare, self._workers, columns, Dice(seed))
+    def _record(self, weighed: Weighed, *, dry_run: bool, waited: float = 0.0) -> Decision:
+        choice = weighed.choice
         self._recorded += 1
         decision = Decision(
-            f"{self._prefix}-{self._recorded:x}", bare, choice.worker, self._workers, self._labels, columns, choice.rejected, choice.candidates, choice.scores,
-            choice.totals, choice.faults, seed, stack.hash, self.generation, self._wall(), dry_run,
+            f"{self._prefix}-{self._recorded:x}", weighed.request, choice.worker, weighed.workers, weighed.labels, weighed.columns, choice.rejected,
+            choice.candidates, choice.scores, choice.totals, choice.faults, weighed.seed, self.stack.hash, self.generation, self._wall(), dry_run,
+            waited=waited,
         )
         for policy, what in choice.faults:
             self._fault(policy, what)
         self.ring.push(decision)
-        self.observer.decided(decision, time.perf_counter() - started)
+        self.observer.decided(decision, time.perf_counter() - weighed.started)
         return decision
 
     def _columns(self, request: RoutingRequest) -> Mapping[Fact[Any], Sequence[Any]]:
@@ -275,6 +308,22 @@ class Router:
             for part in self._follow_requests:
                 self._safely(part, part.component.finished, request_id, worker, outcome)
 
+    # -------------------------------------------------------------- the queue
+
+    def parked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
+        """`request` waits in the queue for `worker`: what is routed now comes after it."""
+        for part in self._follow_queue:
+            self._safely(part, part.component.parked, request, worker, overlap_tokens)
+
+    def unparked(self) -> None:
+        """Nothing waits, until `parked` says so again."""
+        for part in self._follow_queue:
+            self._safely(part, part.component.unparked)
+
+    def all_busy(self, weighed: Weighed) -> bool:
+        """Whether nobody could take it, and for want of capacity alone or in part."""
+        return weighed.choice.worker is None and any(by in self._busy for _, by, _ in weighed.choice.rejected)
+
     # -------------------------------------------------------------- events
 
     def event_topics(self) -> frozenset[str]:
@@ -315,6 +364,7 @@ class Router:
         self._follow_health = _those(providers, FollowsHealth)
         self._follow_requests = _those(providers, FollowsRequests)
         self._follow_decisions = _those(providers, FollowsDecisions)
+        self._follow_queue = _those(providers, FollowsQueue)
         self._follow_events = _those(providers, FollowsEvents)
 
     def _introduce(self, part: Part) -> None:

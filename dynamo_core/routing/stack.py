@@ -9,14 +9,18 @@ from typing import Any
 import attrs
 
 from dynamo_core.cards import Role
-from dynamo_core.config.schema import Router, Use
+from dynamo_core.config.schema import Queue, Router, Use
 from dynamo_core.errors import ConfigError, PluginError, Problem
 from dynamo_core.plugins import Component, Plugins
 from dynamo_core.routing.contract import Fact, Policy, Preset
 from dynamo_core.routing.decide import Choice, Part, Stack, protocol_of
+from dynamo_core.routing.facts import BOOKED_PREFILL_TOKENS, MAX_BATCHED_TOKENS
 
 SAFETY = ("ready", "not-failed", "pinned")
 """Filters of every stack, first unless the configuration names them elsewhere."""
+
+QUEUE_NEEDS: tuple[Fact[Any], ...] = (BOOKED_PREFILL_TOKENS, MAX_BATCHED_TOKENS)
+"""Facts that tell a queue which workers have room."""
 
 PROVIDED_ELSEWHERE: Mapping[str, str] = {"kv.overlap_tokens": "dynamo-kv-router"}
 """Facts of distributions that may not be installed, so that the error can say what to install."""
@@ -45,6 +49,7 @@ class _Plan:
     picker: Use | None = None
     facts: list[Use] = attrs.field(factory=list)
     policy: Part | None = None
+    queue: Queue | None = None
 
 
 class _Builder:
@@ -66,10 +71,11 @@ class _Builder:
         where = {use.name: use.where for use in (*plan.filters, *plan.scorers, *((plan.picker,) if plan.picker else ())) if use.where}
         if plan.policy is not None and router.use is not None:
             where[plan.policy.use] = router.use.where
-        providers += self.providers_for(policies, providers, where)
+        queue = plan.queue if plan.queue is not None and plan.queue.enabled else None
+        providers += self.providers_for(policies, providers, where, QUEUE_NEEDS if queue is not None else ())
         if self.problems:
             raise ConfigError(*dict.fromkeys(self.problems))
-        return Stack(tuple(filters), tuple(scorers), picker, plan.policy, tuple(providers))
+        return Stack(tuple(filters), tuple(scorers), picker, plan.policy, tuple(providers), queue)
 
     # -------------------------------------------------------------- presets and shorthands
 
@@ -83,6 +89,7 @@ class _Builder:
         plan.filters += router.filters
         plan.scorers += router.scorers
         plan.picker = router.picker or plan.picker
+        plan.queue = router.queue or plan.queue
         plan.facts = [*router.facts, *(use for use in plan.facts if use.name not in {own.name for own in router.facts})]
         if router.temperature is not None:
             self.temperature(router.temperature, plan, router)
@@ -95,6 +102,7 @@ class _Builder:
             filters, scorers, facts = ([_use(entry) for entry in table.pop(key, ())] for key in ("filters", "scorers", "facts"))
             plan = _Plan(filters, scorers, facts=facts)
             plan.picker = _use(picker) if (picker := table.pop("picker", None)) else None
+            plan.queue = table.pop("queue", None)
             if table:
                 self.problem(f"policy {use.name!r}: its stack has unknown keys: {', '.join(table)}", use.where)
             return plan
@@ -150,10 +158,10 @@ class _Builder:
 
     # -------------------------------------------------------------- facts
 
-    def providers_for(self, policies: Sequence[Part], given: Sequence[Part], where: Mapping[str, str]) -> list[Part]:
+    def providers_for(self, policies: Sequence[Part], given: Sequence[Part], where: Mapping[str, str], more: Iterable[Fact[Any]] = ()) -> list[Part]:
         """Build what provides the facts that `given` does not. Built-ins are asked first, so that other plugins are imported only when needed."""
         provided = {fact for part in given for fact in part.component.provides}
-        wanted = {fact for part in policies for fact in part.needs} - provided
+        wanted = {fact for part in policies for fact in part.needs}.union(more) - provided
         added: list[Part] = []
         taken = {part.use for part in given}
         for component in sorted(self.plugins.of_kind("facts").values(), key=lambda c: (c.plugin.name != "builtin", c.name)):

@@ -12,9 +12,14 @@ ACTIVE_OVERLAP_TOKENS: Fact[int] = Fact("kv.active_overlap_tokens", int, "{token
 
 # ------------------------------------------------------------------ provided by `engine-model`: bookings priced by what was learned of the engines
 
-BACKLOG: Fact[float] = Fact("engine.backlog", float, "ms", "Estimated prefill work that was sent and has not ended, less what the first of it must have got.")
+BACKLOG: Fact[float] = Fact(
+    "engine.backlog", float, "ms",
+    "Estimated prefill work that was sent and has not ended, less what the first of it must have got; and what waits in the router's queue for the worker.",
+)
 DECODING: Fact[int] = Fact("engine.decoding", int, "{sequence}", "Requests sent by this process that have had their first token.")
 CONTEXT: Fact[int] = Fact("engine.context", int, "{token}", "Prompt and output tokens of all requests in progress.")
+GENERATED: Fact[int] = Fact("engine.generated", int, "{token}", "Output tokens so far of all requests in progress.")
+STEP_MS: Fact[float] = Fact("engine.step_ms", float, "ms", "Learned: a decode step without sequences.")
 PASS_MS: Fact[float] = Fact("engine.pass_ms", float, "ms", "Learned: what a prefill costs, however short.")
 PREFILL_MS: Fact[float] = Fact("engine.prefill_ms", float, "ms/{token}", "Learned: prefill of one token that is not cached.")
 ATTENTION_MS: Fact[float] = Fact("engine.attention_ms", float, "ms", "Learned: one prefilled token looking back on one token of context.")

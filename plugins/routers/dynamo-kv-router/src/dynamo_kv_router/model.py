@@ -20,7 +20,20 @@ from dynamo_core.routing.contract import Fact, RoutingRequest, Worker
 from dynamo_core.routing.providers import Rows
 from dynamo_core.types import Instance
 from dynamo_kv_router.fit import Prices
-from dynamo_kv_router.load_facts import ATTENTION_MS, BACKLOG, CONTEXT, DECODE_MS, DECODING, OUTPUT_TOKENS, PASS_MS, PREFILL_MS, SAMPLES, SEQUENCE_MS
+from dynamo_kv_router.load_facts import (
+    ATTENTION_MS,
+    BACKLOG,
+    CONTEXT,
+    DECODE_MS,
+    DECODING,
+    GENERATED,
+    OUTPUT_TOKENS,
+    PASS_MS,
+    PREFILL_MS,
+    SAMPLES,
+    SEQUENCE_MS,
+    STEP_MS,
+)
 
 PREFILL_GUESS = (15.0, 0.02, 5e-7)
 """Of an 8B model on a data-centre GPU; only the proportions matter, and only for the first requests."""
@@ -69,6 +82,9 @@ class _Account:
     uncached: int = 0
     pairs: float = 0.0
     context: int = 0
+    generated: int = 0
+    promised: float = 0.0
+    """Milliseconds of prefill that waits in the router's queue for this worker."""
     free_at: float = 0.0
     """When the prefill before the first of `waiting` ended."""
     prefills: int = 0
@@ -81,12 +97,12 @@ class _Account:
     def backlog(self, now: float) -> float:
         """Milliseconds of prefill still to do."""
         if not self.waiting:
-            return 0.0
+            return self.promised
         fixed, token, pair = self.fit.prefill.values
         whole = fixed * len(self.waiting) + token * self.uncached + pair * self.pairs
         head = next(iter(self.waiting.values()))
         first = fixed + token * head.uncached + pair * head.pairs
-        return max(0.0, whole - min(0.9 * first, 1e3 * (now - max(head.booked, self.free_at))))
+        return self.promised + max(0.0, whole - min(0.9 * first, 1e3 * (now - max(head.booked, self.free_at))))
 
 
 @attrs.define
@@ -95,9 +111,10 @@ class EngineModel:
 
     remember: float = attrs.field(default=500.0, validator=v.ge(10))
     """Samples after which an old one counts for a third."""
-    provides = (BACKLOG, DECODING, CONTEXT, PASS_MS, PREFILL_MS, ATTENTION_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, SAMPLES)
+    provides = (BACKLOG, DECODING, CONTEXT, GENERATED, PASS_MS, PREFILL_MS, ATTENTION_MS, STEP_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, SAMPLES)
     clock: Callable[[], float] = attrs.field(default=time.monotonic, init=False, eq=False, repr=False)
     _rows: Rows[_Account] = attrs.field(factory=lambda: Rows(_Account), init=False, eq=False, repr=False)
+    _promised: list[_Account] = attrs.field(factory=list, init=False, eq=False, repr=False)
     _fits: dict[tuple[Any, ...], Fit] = attrs.field(factory=dict, init=False, eq=False, repr=False)
 
     def joined(self, worker: Worker, instance: Instance, card: ModelCard) -> None:
@@ -136,6 +153,7 @@ class EngineModel:
         job.tokens, job.since, job.clean = 1, now, account.prefills
         account.decoding[request_id] = job
         account.context += 1
+        account.generated += 1
 
     def _prefilled(self, account: _Account, job: _Job, now: float, *, in_order: bool) -> None:
         """A pass that ends several prefills is one sample, so that it waits until the pass is known to be over."""
@@ -162,6 +180,7 @@ class EngineModel:
         if steps > 0 and not account.waiting and job.clean == account.prefills and now > job.since:
             account.fit.decode.learn((1.0, float(len(account.decoding)), float(account.context)), 1e3 * (now - job.since) / steps)
         account.context += steps
+        account.generated += steps
         # A stretch is clean when nothing is prefilling at its start, and nothing starts before its end.
         job.tokens, job.since, job.clean = output_tokens, now, -1 if account.waiting else account.prefills
 
@@ -172,8 +191,20 @@ class EngineModel:
             account.context -= _take(account, request_id).prompt
         elif (job := account.decoding.pop(request_id, None)) is not None:
             account.context -= job.prompt + job.tokens
+            account.generated -= job.tokens
             if outcome == "done":
                 account.fit.answered(job.tokens)
+
+    def parked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
+        if (account := self._rows.get(worker)) is not None:
+            uncached = max(1, request.prompt_tokens - overlap_tokens)
+            account.promised += account.fit.prefill.estimate((1.0, uncached, uncached * (request.prompt_tokens - 0.5 * uncached)))
+            self._promised.append(account)
+
+    def unparked(self) -> None:
+        for account in self._promised:
+            account.promised = 0.0
+        self._promised.clear()
 
     # -------------------------------------------------------------- what is told
 
@@ -182,9 +213,11 @@ class EngineModel:
         prefill = [a.fit.prefill.values for a in accounts]
         decode = [a.fit.decode.values for a in accounts]
         return {
-            BACKLOG: tuple([a.backlog(now) if a.waiting else 0.0 for a in accounts]),
+            BACKLOG: tuple([a.backlog(now) if a.waiting else a.promised for a in accounts]),
             DECODING: tuple([len(a.decoding) for a in accounts]),
             CONTEXT: tuple([a.context for a in accounts]),
+            GENERATED: tuple([a.generated for a in accounts]),
+            STEP_MS: tuple([d[0] for d in decode]),
             PASS_MS: tuple([p[0] for p in prefill]),
             PREFILL_MS: tuple([p[1] for p in prefill]),
             ATTENTION_MS: tuple([p[2] for p in prefill]),

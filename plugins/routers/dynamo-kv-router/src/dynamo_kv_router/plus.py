@@ -10,7 +10,7 @@ import numpy as np
 from attrs import validators as v
 
 from dynamo_core.routing.contract import Fleet, RoutingRequest
-from dynamo_core.routing.facts import OVERLAP_TOKENS, TAINTS
+from dynamo_core.routing.facts import BLOCK_SIZE, OVERLAP_TOKENS, TAINTS, TOTAL_BLOCKS
 from dynamo_kv_router.facts import DISK_OVERLAP_TOKENS, EXTERNAL_OVERLAP_TOKENS, HOST_OVERLAP_TOKENS
 from dynamo_kv_router.load_facts import (
     ACTIVE_OVERLAP_TOKENS,
@@ -19,12 +19,18 @@ from dynamo_kv_router.load_facts import (
     CONTEXT,
     DECODE_MS,
     DECODING,
+    GENERATED,
     OUTPUT_TOKENS,
     PASS_MS,
+    POTENTIAL_BLOCKS,
     PREFILL_MS,
     SEQUENCE_MS,
+    STEP_MS,
 )
 from dynamo_kv_router.taints import taint_factor
+
+FULL = 0.97
+"""Share of the KV cache beyond which engines hold requests back."""
 
 
 def _weight(default: float) -> Any:
@@ -37,14 +43,17 @@ class KvPlus:
 
         work = prefill of the tokens that are not cached there, as learned from the engines
         cost = backlog + work * (1 + work_weight + slowdown_weight * decoding) + decode_weight * output * step cost of the context
+               + memory_weight * time until enough of the KV cache is free
     """
 
-    work_weight: float = _weight(0.5)
+    work_weight: float = _weight(0.7)
     """Of the work beyond the time that it takes: it delays requests that are yet to come, and fills a cache."""
-    slowdown_weight: float = _weight(0.02)
+    slowdown_weight: float = _weight(0.03)
     """Of the same work, for each request that decodes there and is delayed by it. Above this, answers end sooner and start later."""
-    decode_weight: float = _weight(0.03)
+    decode_weight: float = _weight(0.06)
     """Of the decode time that the request will spend, and costs others, because of the context on the worker."""
+    memory_weight: float = _weight(3.0)
+    """Of the time for which the request would wait for others to end, where what is in use of the KV cache leaves too little for it."""
     host_weight: float = _weight(0.75)
     """Share of its prefill that a token in host memory saves."""
     disk_weight: float = _weight(0.25)
@@ -55,7 +64,8 @@ class KvPlus:
     scale = "raw"
     needs = (
         OVERLAP_TOKENS, HOST_OVERLAP_TOKENS, DISK_OVERLAP_TOKENS, EXTERNAL_OVERLAP_TOKENS, ACTIVE_OVERLAP_TOKENS, BACKLOG, DECODING, CONTEXT,
-        PASS_MS, PREFILL_MS, ATTENTION_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, TAINTS,
+        PASS_MS, PREFILL_MS, ATTENTION_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, TAINTS, GENERATED, POTENTIAL_BLOCKS,
+        STEP_MS, BLOCK_SIZE, TOTAL_BLOCKS,
     )
 
     def score(self, request: RoutingRequest, fleet: Fleet) -> Sequence[float]:
@@ -73,9 +83,22 @@ class KvPlus:
             output = self._output(request, _column(fleet[OUTPUT_TOKENS]))
             step = _column(fleet[DECODE_MS]) * (_column(fleet[CONTEXT]) + 0.5 * decoding * prompt) + _column(fleet[SEQUENCE_MS]) * decoding * 1.5
             cost = cost + self.decode_weight * output * step
+        if self.memory_weight:
+            cost = cost + self.memory_weight * self._memory_wait(fleet)
         if preferred := request.hints.preferred_taints:
             cost = cost * taint_factor(preferred, fleet[TAINTS])
         return -cost
+
+    def _memory_wait(self, fleet: Fleet) -> Any:
+        """Milliseconds. Requests give back their blocks when they end, in the time that an answer takes."""
+        size = _column(fleet[BLOCK_SIZE])
+        capacity = FULL * size * _column(fleet[TOTAL_BLOCKS])
+        excess = np.where(capacity > 0, np.maximum(0.0, size * _column(fleet[POTENTIAL_BLOCKS]) + _column(fleet[GENERATED]) - capacity), 0.0)
+        if not excess.any():
+            return 0.0
+        context = _column(fleet[CONTEXT])
+        step = _column(fleet[STEP_MS]) + _column(fleet[SEQUENCE_MS]) * _column(fleet[DECODING]) + _column(fleet[DECODE_MS]) * context
+        return excess / np.maximum(1.0, context) * _column(fleet[OUTPUT_TOKENS]) * step
 
     def _output(self, request: RoutingRequest, mean: Any) -> Any:
         if (expected := request.hints.expected_output_tokens) is not None:

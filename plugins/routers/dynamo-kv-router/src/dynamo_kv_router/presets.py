@@ -8,8 +8,12 @@ from typing import Any
 import attrs
 from attrs import validators as v
 
+from dynamo_core.config.schema import Queue
 from dynamo_kv_router.cost import KvCost
 from dynamo_kv_router.plus import KvPlus
+
+QUEUE = Queue(prefill_tokens=1024, wait_for="best", order="shortest", longest_first=0.03)
+"""Requests wait for their best worker in the router and not in the engine, so that short ones pass, and late news changes their way."""
 
 
 @attrs.frozen
@@ -37,4 +41,4 @@ class KvPlusPreset(KvPlus):
 
     def stack(self) -> Mapping[str, Any]:
         weights = {a.name: getattr(self, a.name) for a in attrs.fields(KvPlus)}
-        return {"filters": [{"use": "taints"}], "scorers": [{"use": "kv-plus", **weights}]}
+        return {"filters": [{"use": "taints"}], "scorers": [{"use": "kv-plus", **weights}], "queue": QUEUE}
