@@ -35,7 +35,13 @@ class Mailbox:
             return
         self._items.append(item)
         if self._waiter is not None:
-            self._wake()
+            self.wake()
+
+    def add(self, item: Item) -> bool:
+        """Put an item without waking the reader; whether one waits, and `wake` is due."""
+        if not self._finished:
+            self._items.append(item)
+        return self._waiter is not None
 
     def finish(self, error: DynamoError | None = None) -> None:
         """No more items. What has arrived stays readable; the first end counts."""
@@ -47,7 +53,7 @@ class Mailbox:
             self._forget()
             self._forget = None
         if self._waiter is not None:
-            self._wake()
+            self.wake()
 
     async def read(self) -> Sequence[Item]:
         while not self._items:
@@ -72,7 +78,8 @@ class Mailbox:
     def cancelled(self) -> None:
         """The reader wants no more: tell the other side."""
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have the reader, if one waits, take what is there."""
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():  # done: the reading task was cancelled
             waiter.set_result(None)

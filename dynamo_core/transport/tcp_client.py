@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from dynamo_core.context import Context
@@ -12,6 +13,11 @@ from dynamo_core.transport.connection import Connection, Timing
 from dynamo_core.transport.contract import Item
 from dynamo_core.transport.frames import Cancel, Credit, Data, End, Failure, Hello, Open, Outputs, ToClient
 from dynamo_core.transport.mailbox import Mailbox
+
+READER_TIME = 200e-6
+"""Seconds that one woken reader is given before readers of its connection are woken again."""
+READERS_TIME = 8e-3
+"""Seconds that all of them are given at most: shorter than a step of nearly every engine."""
 
 
 class TcpStream(Mailbox):
@@ -51,6 +57,10 @@ class TcpChannel(Connection):
         self._last = 0
         self._parked: dict[int, bytearray] = {}
         """Opens that wait for the socket to take what it was given before."""
+        self._held: dict[TcpStream, None] = {}
+        """Readers with something to read that are not woken yet."""
+        self._next_wake = 0.0
+        self._waking: asyncio.TimerHandle | None = None
 
     def open(self, endpoint: str, payload: bytes, context: Context) -> TcpStream:
         self._last += 1
@@ -95,11 +105,15 @@ class TcpChannel(Connection):
         if type(frame) is Outputs:
             if len(frame.streams) != len(frame.outputs):
                 raise ProtocolViolation("an outputs frame has columns of different length")
+            held = self._held
             for number, output in zip(frame.streams, frame.outputs, strict=True):
                 if (stream := streams.get(number)) is not None:
-                    stream.put(output)
+                    if stream.add(output):
+                        held[stream] = None
                 elif number > self._last:
                     raise ProtocolViolation(f"it sent an output of stream {number}, which was never opened")
+            if held:
+                self._wake_readers()
         elif type(frame) is Data:
             if (stream := streams.get(frame.stream)) is not None:
                 stream.put(frame.item)
@@ -107,6 +121,23 @@ class TcpChannel(Connection):
             self._finish(frame.stream, None)
         elif type(frame) is Failure:
             self._finish(frame.stream, from_wire(frame.code, frame.message))
+
+    def _wake_readers(self) -> None:
+        """At once after a pause. An engine that steps faster than readers can follow fills their mailboxes meanwhile, and each reads several
+        outputs at a time: without this, the faster an engine is, the more a token costs."""
+        if self._waking is None:
+            early = self._next_wake - time.monotonic()
+            if early > 0:
+                self._waking = self._loop.call_later(early, self._wake_held)
+            else:
+                self._wake_held()
+
+    def _wake_held(self) -> None:
+        self._waking = None
+        held, self._held = self._held, {}
+        self._next_wake = time.monotonic() + min(READERS_TIME, READER_TIME * len(held))
+        for stream in held:
+            stream.wake()
 
     def _finish(self, number: int, error: DynamoError | None) -> None:
         if (stream := self._streams.pop(number, None)) is not None:
@@ -126,5 +157,8 @@ class TcpChannel(Connection):
             self.ready.set_exception(CannotConnect(f"{self.address}: {reason}"))
         streams, self._streams = self._streams, {}
         self._parked.clear()
+        self._held.clear()
+        if self._waking is not None:
+            self._waking.cancel()
         for stream in streams.values():
             stream.finish(Disconnected(f"the connection to {self.address} was lost: {reason}"))
