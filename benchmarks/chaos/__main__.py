@@ -18,7 +18,7 @@ from benchmarks.chaos.stage import Shape
 from benchmarks.chaos.trial import Verdict, attempt
 from dynamo_core.runtime.process import new_event_loop, raise_file_limit
 
-FULL, SHORT = Shape(), Shape(workers=3, frontends=2, streams=24, tokens=40, pace_ms=20)
+FULL, SHORT = Shape(), Shape(workers=3, frontends=2, streams=24, tokens=40, pace_ms=20, ttl=4, usual=3)
 
 
 async def run(faults: Sequence[Fault], shape: Shape, seed: int, folder: Path, say: bool = True) -> tuple[list[Verdict], dict[str, str]]:
@@ -32,7 +32,10 @@ async def run(faults: Sequence[Fault], shape: Shape, seed: int, folder: Path, sa
         async with open_field(field, folder / field, shape, seed) as stage:
             for fault in (fault for fault in faults if fault.field == field):
                 started = time.monotonic()
-                verdict = await attempt(fault, stage, seed)
+                try:
+                    verdict = await attempt(fault, stage, seed)
+                except Exception as e:
+                    verdict = Verdict(fault.name, fault.what, violations=[f"the trial itself failed: {type(e).__name__}: {e}"])
                 verdicts.append(verdict)
                 if say:
                     print(f"{'ok  ' if not verdict.violations else 'FAIL'} {fault.name}: {time.monotonic() - started:.0f} s, {verdict}", flush=True)
@@ -52,8 +55,11 @@ def main() -> int:
     options = parser.parse_args()
     raise_file_limit()
     chosen = [
-        fault for fault in FAULTS
-        if (not options.only or any(text in fault.name for text in options.only)) and (not options.field or fault.field in options.field) and (fault.short or not options.short)
+        fault
+        for fault in FAULTS
+        if (not options.only or any(text in fault.name for text in options.only))
+        and (not options.field or fault.field in options.field)
+        and (fault.short or not options.short)
     ]
     shape = SHORT if options.short else Shape(streams=options.streams)
     with asyncio.Runner(loop_factory=new_event_loop) as runner, tempfile.TemporaryDirectory() as temporary:

@@ -104,7 +104,9 @@ class Load:
         """What the answers are while nothing is wrong."""
         dice = random.Random(self.seed)
         for number in range(prompts):
-            prompt = f"{number} " + " ".join(dice.choice(("rain", "stone", "river", "seven", "light", "under", "glass", "early")) for _ in range(dice.randrange(8, 160)))
+            prompt = f"{number} " + " ".join(
+                dice.choice(("rain", "stone", "river", "seven", "light", "under", "glass", "early")) for _ in range(dice.randrange(8, 160))
+            )
             answer = await self.ask(prompt)
             if answer.error or len(answer.tokens) != self.tokens:
                 raise RuntimeError(f"the undisturbed fleet failed: {answer.error or f'{len(answer.tokens)} tokens'}")
@@ -112,10 +114,18 @@ class Load:
 
     async def ask(self, prompt: str) -> Answer:
         answer = Answer(prompt, time.monotonic())
-        body = json.dumps({
-            "model": "sim", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True}, "dynamo": {"annotations": ["token_ids", "worker"]},
-        }).encode()
+        body = json.dumps(
+            {
+                "model": "sim",
+                "prompt": prompt,
+                "max_tokens": self.tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "dynamo": {"annotations": ["token_ids", "worker"]},
+            }
+        ).encode()
         key = f"authorization: Bearer {self.key}\r\n" if self.key else ""
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {self.host}\r\n{key}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         for attempt in range(RETRIES):

@@ -28,7 +28,7 @@ def missing(field: str) -> str | None:
     if field == "clock":
         return None if _faketime() else "libfaketime is not installed (package faketime)"
     if field in ("etcd", "nats"):
-        if ("discovery", field) not in Plugins.load().components:
+        if not {("discovery", field), ("request_plane", field)} & Plugins.load().components.keys():
             return f"dynamo-{field} is not installed"
         server = {"etcd": "etcd", "nats": "nats-server"}[field]
         return None if shutil.which(server, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin") else f"{server} is not installed"
@@ -49,21 +49,28 @@ async def open_field(field: str, folder: Path, shape: Shape, seed: int) -> Async
         elif field == "clock":
             clock = folder / "clock"
             clock.write_text("+0\n")
-            environ = {"LD_PRELOAD": _faketime() or "", "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+            environ = {
+                "LD_PRELOAD": _faketime() or "",
+                "FAKETIME_TIMESTAMP_FILE": str(clock),
+                "FAKETIME_CACHE_DURATION": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
         elif field in ("etcd", "nats"):
             store = await asyncio.to_thread(_servers, field, folder)
             exits.callback(store.cluster.kill)
             planes = store.planes
         else:
             exits.enter_context(_small_disk(folder / "store"))
-        yield await exits.enter_async_context(raised(folder, shape, planes, seed=seed, environ=environ, link=link))
+        yield await exits.enter_async_context(raised(folder, shape, planes, seed=seed, store=store, environ=environ, link=link))
 
 
 @contextlib.contextmanager
 def _small_disk(folder: Path):
     """A file system of 2 MiB where root may mount one, so that it can be filled; else a plain directory."""
     folder.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False, capture_output=True).returncode == 0
+    mounted = (
+        os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False, capture_output=True).returncode == 0
+    )
     try:
         yield
     finally:
@@ -107,7 +114,12 @@ def _servers(field: str, folder: Path) -> Servers:
         etcd = servers.EtcdCluster(folder / "etcd", nodes=3)
         return Servers(etcd, f'[discovery]\nuse = "etcd"\nendpoints = {_array(etcd.endpoints)}')
     nats = servers.NatsCluster(folder / "nats", nodes=3)
-    tables = [f'[{plane}]\nuse = "nats"\nservers = {_array(nats.servers)}' for plane in ("discovery", "event_plane", "request_plane")]
+    there = Plugins.load().components
+    tables = [
+        f'[{plane}]\nuse = "nats"\nservers = {_array(nats.servers)}' for plane in ("discovery", "event_plane", "request_plane") if (plane, "nats") in there
+    ]
+    if ("discovery", "nats") not in there:
+        tables.append(_FILE.format(path=folder / "discovery"))
     return Servers(nats, "\n".join(tables))
 
 

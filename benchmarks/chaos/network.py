@@ -62,7 +62,9 @@ def link(seed: int) -> Iterator[Link]:
     subprocess.run(["ip", "netns", "add", name], check=True)
     process = None
     try:
-        process = subprocess.Popen([sys.executable, "-m", "benchmarks.chaos.network", name, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.chaos.network", name, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             raise RuntimeError("the network did not come up")

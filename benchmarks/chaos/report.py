@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md. Text around the marks is written by people, what is between them by the commands."""
+"""The tables of docs/reliability.md. People write the text around the marks, and the commands what is between them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,49 @@ import attrs
 from benchmarks.chaos.stage import Shape
 from benchmarks.chaos.trial import Verdict
 
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("fault", "**{fault}**: {what}"),
+    ("requests", "{requests}"),
+    ("failed", "{failed}"),
+    ("broken", "{broken}"),
+    ("lost / doubled tokens", "{lost} / {doubled}"),
+    ("moved", "{moved}"),
+    ("longest pause", "{pause:.1f} s"),
+    ("usual rate after", "{steady}"),
+    ("whole after", "{whole}"),
+    ("stale choices", "{stale}"),
+    ("bookings left", "{booked:g}"),
+    ("memory", "{grown:+.0f} MB"),
+    ("kept", "{kept}"),
+)
+
 
 def plain(verdict: Verdict) -> dict[str, Any]:
     return attrs.asdict(verdict)
+
+
+def write_faults(page: Path, verdicts: Sequence[Verdict], left_out: Mapping[str, str], shape: Shape, seed: int) -> None:
+    fleet = f"{shape.workers} workers, {shape.frontends} frontends, {shape.streams} streams at once"
+    lines = [f"{fleet}, {shape.tokens} tokens each, one every {shape.pace_ms:g} ms; seed {seed}; {machine()}.", ""]
+    lines += table([name for name, _ in COLUMNS], [[cell.format(**_cells(verdict)) for _, cell in COLUMNS] for verdict in verdicts])
+    lines += ["", *(f"Not tried: {field}, because {why}." for field, why in left_out.items())]
+    replace(page, "faults", "\n".join(lines))
+
+
+def _cells(verdict: Verdict) -> dict[str, Any]:
+    def seconds(value: float | None) -> str:
+        return "never" if value is None else f"{value:.1f} s"
+
+    kept = "yes" if not verdict.violations else "no: " + "; ".join(verdict.violations)
+    return attrs.asdict(verdict) | {"steady": seconds(verdict.steady), "whole": seconds(verdict.whole), "kept": kept}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()} {platform.release()}), {datetime.now(UTC):%Y-%m-%d}"
 
 
 def replace(page: Path, part: str, text: str) -> None:
@@ -25,28 +65,4 @@ def replace(page: Path, part: str, text: str) -> None:
     _, end, after = rest.partition(f"<!-- end of {part} -->")
     if not start or not end:
         raise ValueError(f"{page} has no marks for {part}")
-    page.write_text(f"{before}{start}{text.rstrip()}\n{end}{after}")
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()} {platform.release()}), {datetime.now(UTC):%Y-%m-%d}"
-
-
-def write_faults(page: Path, verdicts: Sequence[Verdict], left_out: Mapping[str, str], shape: Shape, seed: int) -> None:
-    lines = [
-        f"{shape.workers} workers, {shape.frontends} frontends, {shape.streams} streams at once, {shape.tokens} tokens each, one every {shape.pace_ms:g} ms; seed {seed}; {machine()}.",
-        "",
-        "| fault | requests | failed | broken | lost / doubled tokens | moved | longest pause | usual rate after | whole after | stale choices | bookings left | memory | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for v in verdicts:
-        lines.append(
-            f"| **{v.fault}**: {v.what} | {v.requests} | {v.failed} | {v.broken} | {v.lost} / {v.doubled} | {v.moved} | {v.pause:.1f} s | "
-            f"{_seconds(v.steady)} | {_seconds(v.whole)} | {v.stale} | {v.booked:g} | {v.grown:+.0f} MB | {'yes' if not v.violations else 'no: ' + '; '.join(v.violations)} |"
-        )
-    lines += ["", *(f"Not tried: {field}, because {why}." for field, why in left_out.items())]
-    replace(page, "faults", "\n".join(lines))
-
-
-def _seconds(value: float | None) -> str:
-    return "never" if value is None else f"{value:.1f} s"
+    page.write_text(f"{before}{start}\n{text.strip()}\n\n{end}{after}")

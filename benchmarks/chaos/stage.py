@@ -20,7 +20,6 @@ import httpx
 
 from benchmarks.chaos.clients import Load
 
-LEASE_TTL = 10.0
 READY = 120.0
 """Seconds in which a fleet must have come up."""
 
@@ -61,6 +60,10 @@ class Shape:
     streams: int = 200
     tokens: int = 60
     pace_ms: float = 50.0
+    ttl: float = 10.0
+    """Of the leases, in seconds."""
+    usual: float = 6.0
+    """Seconds of undisturbed load before a fault."""
     remote: int = 0
     """So many of the workers run behind the far end of a network."""
 
@@ -85,8 +88,16 @@ class Role:
     async def start(self) -> None:
         with self.log.open("ab") as out:
             self.process = await asyncio.create_subprocess_exec(
-                *self.prefix, sys.executable, "-m", "dynamo_core.cli", *self.arguments, stdout=out, stderr=out, stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environ}, start_new_session=True,
+                *self.prefix,
+                sys.executable,
+                "-m",
+                "dynamo_core.cli",
+                *self.arguments,
+                stdout=out,
+                stderr=out,
+                stdin=asyncio.subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environ},
+                start_new_session=True,
             )
         self.starts += 1
 
@@ -209,12 +220,14 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def raised(folder: Path, shape: Shape, planes: str, *, seed: int, environ: Mapping[str, str] | None = None, link: Any = None) -> AsyncGenerator[Stage]:
+async def raised(
+    folder: Path, shape: Shape, planes: str, *, seed: int, store: Any = None, environ: Mapping[str, str] | None = None, link: Any = None
+) -> AsyncGenerator[Stage]:
     """Start a fleet, learn its answers, and stop it at the end. :param planes: tables of the configuration that choose store and planes."""
     folder.mkdir(parents=True, exist_ok=True)
     port, *admin_ports = free_ports(1 + shape.frontends)
     path = folder / "stack.toml"
-    path.write_text(CONFIG.format(ttl=LEASE_TTL, planes=planes, port=port, frontends=shape.frontends, pace_ms=shape.pace_ms))
+    path.write_text(CONFIG.format(ttl=shape.ttl, planes=planes, port=port, frontends=shape.frontends, pace_ms=shape.pace_ms))
     roles: list[Role] = []
     workers: list[Role] = []
     for i in range(shape.workers):
@@ -222,14 +235,20 @@ async def raised(folder: Path, shape: Shape, planes: str, *, seed: int, environ:
         more = ["--set", f"host={link.far}", "--set", "status.enabled=false"] if far else ["--set", f"host={link.near}"] if link else []
         workers.append(Role(f"worker-{i}", ["worker", str(path), *more], folder / f"worker-{i}.log", link.prefix if far else (), environ or {}))
     frontends = [
-        Role(f"frontend-{i}", ["frontend", str(path), "--single", "--set", f"frontend.admin.port={admin_ports[i]}", *(["--set", f"host={link.near}"] if link else [])],
-             folder / f"frontend-{i}.log", (), environ or {})
+        Role(
+            f"frontend-{i}",
+            ["frontend", str(path), "--single", "--set", f"frontend.admin.port={admin_ports[i]}", *(["--set", f"host={link.near}"] if link else [])],
+            folder / f"frontend-{i}.log",
+            (),
+            environ or {},
+        )
         for i in range(shape.frontends)
     ]
     roles = [*workers, *frontends]
     load = Load(port, shape.streams, shape.tokens, seed)
     async with httpx.AsyncClient(timeout=3.0) as http:
-        stage = Stage(folder, shape, load, workers, frontends, {f.name: f"http://127.0.0.1:{p}" for f, p in zip(frontends, admin_ports, strict=True)}, http, link=link)
+        admin = {frontend.name: f"http://127.0.0.1:{port}" for frontend, port in zip(frontends, admin_ports, strict=True)}
+        stage = Stage(folder, shape, load, workers, frontends, admin, http, store, link)
         try:
             for role in roles:
                 await role.start()

@@ -11,10 +11,8 @@ import httpx
 
 from benchmarks.chaos.clients import difference, failures
 from benchmarks.chaos.faults import GRACE, Fault, Harm
-from benchmarks.chaos.stage import LEASE_TTL, Stage
+from benchmarks.chaos.stage import Stage
 
-BASELINE = 6.0
-"""Seconds of undisturbed load before a fault."""
 BACK = 45.0
 """Seconds in which the fleet must be whole again after the cause of a fault is gone."""
 FREE = 15.0
@@ -56,10 +54,10 @@ async def attempt(fault: Fault, stage: Stage, seed: int) -> Verdict:
     verdict, harm, load = Verdict(fault.name, fault.what), Harm(), stage.load
     await stage.until_whole()
     async with load.under_way():
-        await asyncio.sleep(3.0 + BASELINE)
+        await asyncio.sleep(2.0 + stage.shape.usual)
         memory = {role.name: (role.starts, role.resident) for role in stage.frontends}
         hurt = time.monotonic()
-        usual = load.rate(hurt - BASELINE, hurt)
+        usual = load.rate(hurt - stage.shape.usual, hurt)
         first = len(load.answers)
         await fault.run(stage, random.Random(f"{seed} {fault.name}"), harm)
         healed = time.monotonic()
@@ -116,10 +114,8 @@ def _count(verdict: Verdict, harm: Harm, stage: Stage, first: int, lasted: float
     if verdict.lost or verdict.doubled:
         say(f"{verdict.lost} tokens lost, {verdict.doubled} doubled")
     if verdict.stale:
-        say(f"{verdict.stale} decisions for a worker whose lease had ended {GRACE:g} s before (lease {LEASE_TTL:g} s)")
+        say(f"{verdict.stale} decisions for a worker whose lease had ended {GRACE:g} s before (lease {stage.shape.ttl:g} s)")
     if verdict.booked:
         say(f"{verdict.booked:g} bookings were left {FREE:g} s after the last answer")
     if verdict.steady is None:
         say("the usual rate did not come back")
-
-
