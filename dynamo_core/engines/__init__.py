@@ -15,4 +15,6 @@ from dynamo_core.engines.contract import (
     Probes,
 )
 
-__all__ = ["BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics", "KvEvent", "Probes", "admit"]
+__all__ = [
+    "BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics", "KvEvent", "Probes", "admit",
+]

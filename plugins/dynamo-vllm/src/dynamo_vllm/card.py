@@ -57,9 +57,16 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         max_batched_tokens=scheduler.max_num_batched_tokens,
         dp_size=parallel.data_parallel_size,
         kv_events=kv_events,
-        capabilities=("embeddings",) if embeds else (*GENERATES, *(("lora",) if lora else ())),
+        capabilities=("embeddings",) if embeds else _capabilities(vllm, lora=lora),
         engine=f"vLLM {vllm.version}{' on CPU' if vllm.on_cpu else ''}",
     )
+
+
+def _capabilities(vllm: Vllm, *, lora: bool) -> tuple[str, ...]:
+    if not lora:
+        return GENERATES
+    # vLLM 0.32 on CPU: a prompt whose logprobs are wanted while LoRA is enabled kills the engine core (shapes differ in `add_lora_logits`)
+    return (*(name for name in GENERATES if name != "prompt_logprobs" or not vllm.on_cpu), "lora")
 
 
 def _template(tokenizer: Any) -> str | None:

@@ -21,6 +21,8 @@ from dynamo_core.engines import BlocksCleared, BlocksRemoved, BlocksStored, KvEv
 log = logging.getLogger(__name__)
 
 REPLAY_TIMEOUT = 5.0
+_QUIET = 1000
+"""Milliseconds without news after which the last news are made sure of."""
 _TIERS = {"GPU": "device", "CPU": "host", "STORAGE": "disk", None: "device"}
 """vLLM calls its main memory `GPU`, on CPU too."""
 _FULL = ("full_attention", "mla_attention", None)
@@ -109,8 +111,13 @@ class KvFeed:
         self._context.destroy(linger=0)
 
     async def _run(self) -> None:
+        sure = False
         while True:
+            if not sure and not await self._socket.poll(_QUIET):
+                await self._catch_up()  # no later number tells that the last one of a burst was lost
+                sure = True
             _, number, payload = await self._socket.recv_multipart()
+            sure = False
             sequence = int.from_bytes(number, "big")
             if sequence < self._next:
                 continue  # a replay had it already

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import tempfile
@@ -52,6 +53,8 @@ class Running:
         self._feeds = feeds
         self._directory = directory
         self._streams = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._asleep = False
         self._dead: str | None = None
         self._watching = asyncio.create_task(self._watch(), name="watch vLLM")
@@ -64,6 +67,7 @@ class Running:
         embeds = "embeddings" in self.card.surfaces
         limit = 0 if embeds else admit(request, self.card)
         self._streams += 1
+        self._quiet.clear()
         try:
             async with aclosing(self._embed(request) if embeds else self._generate(request, limit)) as outputs:
                 async for output in outputs:
@@ -72,6 +76,8 @@ class Running:
             raise self._ours(e) from e
         finally:
             self._streams -= 1
+            if not self._streams:
+                self._quiet.set()
 
     async def _generate(self, request: Request, limit: int) -> AsyncGenerator[Output, None]:
         params = sampling_params(self._vllm, request, self.card, limit)
@@ -130,17 +136,18 @@ class Running:
             await feed.open(self.card.block_size)
 
     async def probe(self) -> None:
-        if self._asleep:
-            raise EngineDead("the engine sleeps; wake it with the action `wake`")
         if self._dead is not None:
             raise EngineDead(self._dead)
+        if self._asleep:
+            return  # it left discovery, and is as alive as it should be
         await asyncio.gather(*(self._try(rank, [0]) for rank in self._ranks()))
 
     def _ranks(self) -> range:
         return range(self.card.dp_start, self.card.dp_start + self.card.dp_size)
 
     async def _try(self, rank: int, prompt: list[int]) -> None:
-        request = Request(id="canary", model="", token_ids=prompt, cache_salt=_SALT, sampling=Sampling(temperature=0.0), stops=Stops(max_tokens=1, ignore_eos=True))
+        stops = Stops(max_tokens=1, ignore_eos=True)
+        request = Request(id="canary", model="", token_ids=prompt, cache_salt=_SALT, sampling=Sampling(temperature=0.0), stops=stops)
         try:
             async with aclosing(self._embed(request) if "embeddings" in self.card.surfaces else self._one_token(request, rank)) as outputs:
                 async for _ in outputs:
@@ -157,7 +164,7 @@ class Running:
 
     async def _watch(self) -> None:
         """See the engine die when nobody waits for it."""
-        while not self._engine.errored:
+        while not self._engine.errored:  # noqa: ASYNC110 (vLLM says it by a flag only)
             await asyncio.sleep(_WATCH)
         self._died("the engine core of vLLM died; the log of the worker says of what")
 
@@ -168,7 +175,7 @@ class Running:
 
     async def drain(self) -> None:
         """vLLM counts a request as unfinished until a peer has fetched its blocks, so wait until it counts none."""
-        while self._dead is None and self._engine.get_num_unfinished_requests():
+        while self._dead is None and self._engine.get_num_unfinished_requests():  # noqa: ASYNC110 (vLLM only counts them)
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
@@ -213,10 +220,8 @@ class Running:
         """Leave discovery, let requests in progress end, then free what the level says. `wake` undoes it."""
         if not self._asleep:
             self._context.offer(())
-            loop = asyncio.get_running_loop()
-            deadline = loop.time() + _LETTING_GO
-            while self._streams and loop.time() < deadline:
-                await asyncio.sleep(0.05)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._quiet.wait(), _LETTING_GO)
             self._asleep = True
             await self._engine.sleep(int(arguments.get("level", 1)))
         return {"asleep": True}
