@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -38,15 +39,23 @@ def server_context(tls: PlaneTls) -> ssl.SSLContext:
     """For a listener: each handshake uses the files as they are then. :raises ConfigError: they cannot be used now."""
     if tls.cert is None:
         raise ConfigError(Problem("tls: a process that serves needs `cert` and `key`"))
-    state = _state(tls)
-    current = context = _context(tls, ssl.PROTOCOL_TLS_SERVER)
+    return renewing([path for path in (tls.ca, tls.cert, tls.key) if path], lambda: _context(tls, ssl.PROTOCOL_TLS_SERVER))
+
+
+def renewing(files: Sequence[Path], make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """A listener's context that `make` makes again for the next handshake after a file has changed. New files that cannot be used change nothing.
+
+    :raises ConfigError: they cannot be used now.
+    """
+    state = _state(files)
+    current = context = make()
 
     def renew(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
         nonlocal state, current
         try:
-            if (now := _state(tls)) != state:
-                current, state = _context(tls, ssl.PROTOCOL_TLS_SERVER), now
-        except ConfigError as e:
+            if (now := _state(files)) != state:
+                current, state = make(), now
+        except (ConfigError, OSError) as e:
             log.warning("renewed tls files cannot be used, the old ones stay: %s", e)
         connection.context = current
 
@@ -70,9 +79,9 @@ def _context(tls: PlaneTls, protocol: int) -> ssl.SSLContext:
     return context
 
 
-def _state(tls: PlaneTls) -> tuple[int, ...]:
+def _state(files: Sequence[Path]) -> tuple[int, ...]:
     """Changes when a file does."""
     try:
-        return tuple(path.stat().st_mtime_ns for path in (tls.ca, tls.cert, tls.key) if path)
+        return tuple(path.stat().st_mtime_ns for path in files)
     except OSError as e:
         raise ConfigError(Problem(f"tls: {e.filename}: {e.strerror}")) from e

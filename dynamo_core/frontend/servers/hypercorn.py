@@ -21,6 +21,7 @@ from dynamo_core.config.schema import Tls
 from dynamo_core.frontend.servers.chunked import chunked
 from dynamo_core.frontend.servers.sockets import BACKLOG, listening
 from dynamo_core.frontend.servers.tracked import Tracked
+from dynamo_core.transport.tls import renewing
 
 _LAST_BYTES = 2.0
 """Seconds in which a connection must have flushed and closed once its requests have ended or were cut."""
@@ -90,7 +91,7 @@ class HypercornServer:
 
         actual: int = sock.getsockname()[1]
         handshake = config.ssl_handshake_timeout if tls else None
-        server = await asyncio.start_server(connected, sock=sock, backlog=BACKLOG, ssl=config.create_ssl_context(), ssl_handshake_timeout=handshake)
+        server = await asyncio.start_server(connected, sock=sock, backlog=BACKLOG, ssl=_context(config, tls), ssl_handshake_timeout=handshake)
         try:
             on_listening(actual)
             await stop.wait()
@@ -116,6 +117,19 @@ class HypercornServer:
                 config.ca_certs = str(tls.client_ca)
                 config.verify_mode = ssl.CERT_REQUIRED
         return config
+
+
+def _context(config: Config, tls: Tls | None) -> ssl.SSLContext | None:
+    """With certificates that may be renewed on disk. :raises ConfigError: they cannot be used."""
+    if tls is None:
+        return None
+
+    def make() -> ssl.SSLContext:
+        context = config.create_ssl_context()
+        assert context is not None
+        return context
+
+    return renewing([path for path in (tls.cert, tls.key, tls.client_ca) if path], make)
 
 
 async def _close(connections: set[asyncio.Task[Any]]) -> None:
