@@ -182,6 +182,7 @@ class QueueClass:
     """A class of requests with a share of its own. Requests belong to the class that they name (`policy_class`), or to the first that fits their size."""
 
     name: str = attrs.field(validator=v.matches_re(r"[A-Za-z0-9_.-]+"))
+    """What requests call it."""
     share: float = attrs.field(default=1.0, validator=v.gt(0))
     """Of what the queue lets go while several classes wait, in uncached prompt tokens."""
     up_to: int | None = attrs.field(default=None, validator=v.optional(v.ge(1)))

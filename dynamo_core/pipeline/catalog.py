@@ -28,6 +28,7 @@ from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
 from dynamo_core.pipeline.model import Member, ServedModel
 from dynamo_core.pipeline.observers import Watcher, tell
 from dynamo_core.pipeline.surroundings import Attachments
+from dynamo_core.pipeline.waiting import QueueMetrics
 from dynamo_core.preprocess.text import TextPreprocessor
 from dynamo_core.routing.ring import Ring
 from dynamo_core.routing.router import Router
@@ -221,7 +222,7 @@ class FleetCatalog:
             router = Router(card.name, stack, role=role, seed=self._config.router.seed, ring=self._ring, observer=Watcher(metrics, self._runtime.plugins))
             self._feeds.add(router, instance.component)
             self._attachments.follow(router, instance.component)
-            return Dispatcher(router, self._runtime.channels, self._config.migration.inhibit)
+            return Dispatcher(router, self._runtime.channels, self._config.migration.inhibit, QueueMetrics(self._families.queue, card.name))
 
         return ServedModel(card, preprocessor, dispatcher, self._config.migration, metrics, self._around)
 

@@ -10,6 +10,7 @@ import msgspec
 
 from dynamo_core.context import Context
 from dynamo_core.errors import CannotConnect, Disconnected, DynamoError, EngineDead, StreamTimeout, WorkerDraining, WorkerOverloaded
+from dynamo_core.pipeline.waiting import QueueMetrics, WaitingRoom
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.router import Router
@@ -57,12 +58,14 @@ class Leg:
 class Dispatcher:
     """The workers of one model in one role, behind one router."""
 
-    def __init__(self, router: Router, channels: Channels, inhibit_seconds: float) -> None:
+    def __init__(self, router: Router, channels: Channels, inhibit_seconds: float, queue_metrics: QueueMetrics | None = None) -> None:
         self.router = router
         self.instances: dict[int, Instance] = {}
         self._channels = channels
         self._inhibit_seconds = inhibit_seconds
         self._changed = asyncio.Event()
+        self._queue_metrics = queue_metrics
+        self._room: WaitingRoom | None = None
 
     def label(self, worker: Worker) -> str:
         return self.router.label(worker)
@@ -82,12 +85,12 @@ class Dispatcher:
 
     async def dispatch(self, request: Request, asked: RoutingRequest, context: Context, block_size: int) -> Leg:
         """Route and open. :raises NoWorker: nobody can take it. :raises CannotConnect: the chosen one does not answer."""
-        decision = self.router.route(asked)
+        decision = await self._place(asked, context)
         worker = decision.worker
-        assert worker is not None, "route raises when nobody is chosen"
-        instance = self.instances[worker.instance]
-        self.router.booked(asked, worker, decision.overlap_tokens)
+        assert worker is not None, "who is placed has a worker"
         try:
+            if (instance := self.instances.get(worker.instance)) is None:
+                raise Disconnected("the worker left before the request was sent")
             if request.hints.dp_rank != worker.dp_rank and (worker.dp_rank or request.hints.dp_rank is not None):
                 request = msgspec.structs.replace(request, hints=msgspec.structs.replace(request.hints, dp_rank=worker.dp_rank))
             channel = self._channels.ready(instance.address) or await self._channels.get(instance.address)
@@ -99,6 +102,30 @@ class Dispatcher:
             raise
         decision.dispatched = worker
         return Leg(self.router, decision, worker, stream, asked.id, block_size)
+
+    async def _place(self, asked: RoutingRequest, context: Context) -> Decision:
+        """Choose and book, now or once there is room."""
+        queue = self.router.stack.queue
+        if queue is None:
+            decision = self.router.route(asked)
+            if decision.worker is not None:
+                self.router.booked(asked, decision.worker, decision.overlap_tokens)
+            return decision
+        if (room := self._room) is None or room.queue.settings != queue:
+            # Whoever waits by older settings is still looked after, until nobody does.
+            room = self._room = WaitingRoom(self.router, queue, self._queue_metrics)
+            self.router.on_change = room.changed
+        return await room.place(asked, context)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if self._room is not None:
+            self._room.close()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return 0 if self._room is None else len(self._room.queue)
 
     def failed(self, worker: Worker, error: DynamoError) -> None:
         """Avoid a worker that broke a stream, for as long as the kind of break deserves."""

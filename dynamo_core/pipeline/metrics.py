@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from dynamo_core.pipeline.waiting import QueueFamilies
+
 
 class PipelineMetrics:
     """Series of one model. `docs/reference/metrics.md` lists them."""
@@ -41,5 +43,6 @@ class PipelineFamilies:
         self.model_ready = Gauge("dynamo_frontend_model_ready", "1 when the model is served.", ["model"], registry=registry)
         self.workers = Gauge("dynamo_frontend_workers", "Workers by state: registered, or ready to serve.", ["model", "state"], registry=registry)
         self.faults = Counter("dynamo_router_policy_faults", "Decisions for which a policy was skipped because it broke its contract.", ["policy"], registry=registry)
+        self.queue = QueueFamilies(registry)
         self.decision_seconds = Histogram("dynamo_router_decision_seconds", "Time to decide, record included.", ["model"],
                                           buckets=(.00001, .00002, .00005, .0001, .0002, .0005, .001, .002, .005, .01, .1), registry=registry)

@@ -40,8 +40,6 @@ class Ticket:
     uncached: int = 0
     """Prompt tokens that the best worker does not hold, as last looked at."""
     key: tuple[float, ...] = ()
-    weight: int = 0
-    """Tokens that the class was charged for."""
     decision: Decision | None = None
     """Booked already."""
     error: NoWorker | None = None
@@ -120,22 +118,20 @@ class RouterQueue:
         if not request.prompt_tokens:
             request = attrs.evolve(request, prompt_tokens=len(request.token_ids))
         ticket = Ticket(request, self._clock(), self._rest, settled)
-        if not len(self):
+        alone = not len(self)
+        if alone:
             self.router.unparked()
-            weighed = self._weigh(ticket)
-            self._note(ticket.uncached)
-            self._keyed(ticket)
-            if self._may_go(weighed) is True:
+        weighed = self._weigh(ticket)
+        if weighed.choice.worker is None and not self.router.all_busy(weighed):
+            self._observe_refusal(ticket, "no_worker")
+            self.router.settle(weighed)
+        self._note(ticket.uncached)
+        self._keyed(ticket)
+        if alone:
+            if may_go := self._may_go(weighed):
                 self._go(ticket, weighed, fresh=True)
                 return ticket
-            if weighed.choice.worker is None and not self.router.all_busy(weighed):
-                self._observe_refusal(ticket, "no_worker")
-                self.router.settle(weighed)
-            self._no_room = True
-        else:
-            self._weigh(ticket)
-            self._note(ticket.uncached)
-            self._keyed(ticket)
+            self._no_room = may_go is None
         self._enter(ticket)
         if not self._no_room:
             self.release()

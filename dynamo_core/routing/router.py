@@ -114,6 +114,8 @@ class Router:
         self.faults: Counter[str] = Counter()
         """How often each policy and provider was left out."""
         self.generation = 0
+        self.on_change: Callable[[], None] | None = None
+        """Called when a worker may have got room: a prefill or a request ended, a worker came, left or recovered."""
         self._clock = clock
         self._wall = wall
         self._seed = seed
@@ -253,6 +255,7 @@ class Router:
         if self._members.pop(worker, None) is not None:
             self._renumber()
             self._tell(self._follow_fleet, lambda p: p.left(worker))
+            self._changed()
 
     def proven(self, worker: Worker) -> None:
         """A canary request came back: the worker may serve."""
@@ -274,6 +277,7 @@ class Router:
 
     def _say_health(self, worker: Worker) -> None:
         m = self._members[worker]
+        self._changed()
         self._tell(self._follow_health, lambda p: p.health(worker, proven=m.proven, draining=m.draining, inhibited_until=m.inhibited_until, why=m.why))
 
     def _renumber(self) -> None:
@@ -294,6 +298,7 @@ class Router:
             booking.first, booking.cached_tokens = True, cached_tokens
             for part in self._follow_requests:
                 self._safely(part, part.component.first_token, request_id, worker, cached_tokens)
+            self._changed()
 
     def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None:
         """`output_tokens` have come so far. Call it at block boundaries."""
@@ -307,6 +312,11 @@ class Router:
         if self._open.pop((request_id, worker), None) is not None:
             for part in self._follow_requests:
                 self._safely(part, part.component.finished, request_id, worker, outcome)
+            self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     # -------------------------------------------------------------- the queue
 
