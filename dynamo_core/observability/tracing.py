@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
+
+LAST_SPANS = 3.0
+"""Seconds that the last spans have at the end of the process."""
 
 _tracer: Any = None
 _propagator: Any = None
@@ -80,5 +84,8 @@ def shutdown() -> None:
     """Send what is left and turn tracing off."""
     global _tracer, _provider
     if _provider is not None:
-        _provider.shutdown()
+        # A collector that is away is tried again for a while, and nobody is to wait for that at the end.
+        sending = threading.Thread(target=_provider.shutdown, name="last spans", daemon=True)
+        sending.start()
+        sending.join(LAST_SPANS)
     _tracer = _provider = None

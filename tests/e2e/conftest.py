@@ -35,6 +35,7 @@ class Running:
     process: subprocess.Popen[str]
     lines: list[str]
     folder: Path
+    model: str = ""
 
     def stop(self, signal_number: int = signal.SIGINT) -> int:
         self.process.send_signal(signal_number)
