@@ -17,7 +17,7 @@ import attrs
 import numpy as np
 
 from dynamo_core.engines.contract import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
-from dynamo_core.kv.hashing import Hasher, digest_of
+from dynamo_core.kv.hashing import Hasher, Keys, digest_of
 from dynamo_core.kv.wire import LEVELS, Change, Op
 
 Hash = int | bytes
@@ -57,7 +57,7 @@ class Chains:
         """A child of each block. It may be gone: children are looked up in `_key` before they count."""
         self._more: dict[Hash, set[Hash]] = {}
         """Its other children."""
-        self._out: list[tuple[Op, int, array[int]]] = []
+        self._out: list[tuple[Op, int, list[array[int] | Keys]]] = []
 
     def __len__(self) -> int:
         return len(self._key)
@@ -78,7 +78,7 @@ class Chains:
         if len(self._next) > 2 * len(self._key) + 1024:
             self._forget_ghosts()
         out, self._out = self._out, []
-        return [Change(op, level, np.frombuffer(keys, np.uint64) if keys else np.empty(0, np.uint64)) for op, level, keys in out]
+        return [Change(op, level, np.frombuffer(b"".join(parts), np.uint64)) for op, level, parts in out]  # pyright: ignore[reportArgumentType]
 
     def picture(self) -> list[Change]:
         """Everything that is present, as additions."""
@@ -128,14 +128,14 @@ class Chains:
         content = [(block, digest_of(d)) for block, digests in enumerate(event.media) for d in digests]
         keys = self.hasher.keys(event.token_ids if isinstance(event.token_ids, list) else list(event.token_ids), start, content)
         if hashes := hashes[: len(keys)]:
-            self._link(hashes, parent, keys.tolist(), level)
+            self._link(hashes, parent, keys, level)
 
-    def _link(self, hashes: Sequence[Hash], parent: Hash | None, keys: list[int], level: int) -> None:
+    def _link(self, hashes: Sequence[Hash], parent: Hash | None, keys: Keys, level: int) -> None:
         known = self._key
         simple = level == 0 and (parent is None or parent not in self._odd)
         if simple and known.keys().isdisjoint(hashes) and self._next.keys().isdisjoint(hashes):
             before = len(known)
-            known.update(zip(hashes, keys, strict=True))
+            known.update(zip(hashes, keys.tolist(), strict=True))
             if len(known) - before == len(hashes):
                 self._next.update(pairwise(hashes))
                 if parent is not None:
@@ -144,7 +144,7 @@ class Chains:
                 return
             for h in hashes:  # The event names a block twice: start again, one by one.
                 known.pop(h, None)
-        for h, key in zip(hashes, keys, strict=True):
+        for h, key in zip(hashes, keys.tolist(), strict=True):
             above = 0 if parent is None else self._level(parent)
             if h not in known:
                 known[h] = key
@@ -189,7 +189,8 @@ class Chains:
             return
         keys = [key for key in map(self._key.pop, hashes, repeat(-1)) if key >= 0]
         children = list(map(self._next.pop, hashes, repeat(None)))
-        self._emit(Op.REMOVE, 0, keys)
+        if keys:
+            self._emit(Op.REMOVE, 0, array("Q", keys))
         for h, child in zip(hashes, children, strict=True):
             if child is not None and child in self._key:
                 self._next[h] = child
@@ -198,7 +199,7 @@ class Chains:
     def _cleared(self) -> None:
         for table in (self._key, self._odd, self._next, self._more):
             table.clear()
-        self._out = [(Op.CLEAR, 0, array("Q"))]
+        self._out = [(Op.CLEAR, 0, [])]
         self._full = False
 
     # -------------------------------------------------------------- odd blocks
@@ -235,9 +236,9 @@ class Chains:
         key = self._key[h]
         if was != odd.level:
             if was != ABSENT:
-                self._emit(Op.REMOVE, was, (key,))
+                self._emit(Op.REMOVE, was, array("Q", (key,)))
             if odd.level != ABSENT:
-                self._emit(Op.ADD, odd.level, (key,))
+                self._emit(Op.ADD, odd.level, array("Q", (key,)))
         if own == ABSENT:
             del self._key[h], self._odd[h]
         elif odd.level == 0 and odd.copies[0] == 1 and not any(odd.copies[1:]):
@@ -253,17 +254,15 @@ class Chains:
                 self._adopt(h, child)
         return [(child, odd.level) for child in children]
 
-    def _emit(self, op: Op, level: int, keys: Sequence[int]) -> None:
-        if not keys:
-            return
+    def _emit(self, op: Op, level: int, keys: array[int] | Keys) -> None:
         if self._out and self._out[-1][0] is op and self._out[-1][1] == level:
-            self._out[-1][2].extend(array("Q", keys))
+            self._out[-1][2].append(keys)
         else:
-            self._out.append((op, level, array("Q", keys)))
+            self._out.append((op, level, [keys]))
 
 
 def _signed(hashes: Sequence[Hash]) -> bool:
-    return any(type(h) is int and h < 0 for h in hashes)
+    return bool(hashes) and isinstance(hashes[0], int) and min(hashes) < 0  # pyright: ignore[reportOperatorIssue]
 
 
 def _plain(h: Hash) -> Hash:

@@ -6,8 +6,9 @@ that the asker has seen, or, when they are no longer kept, the whole picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
@@ -81,6 +82,12 @@ def decode_ask(payload: bytes) -> Ask:
 
 def pack(changes: Sequence[Change]) -> list[tuple[int, int, bytes]]:
     return [(int(op), level, keys.astype("<u8", copy=False).tobytes()) for op, level, keys in changes]
+
+
+def joined(changes: Iterable[Change]) -> list[Change]:
+    """The same changes in the same order, in as few as possible."""
+    runs = ((kind, [change.keys for change in run]) for kind, run in groupby(changes, key=lambda change: change[:2]))
+    return [Change(op, level, parts[0] if len(parts) == 1 else np.concatenate(parts)) for (op, level), parts in runs]
 
 
 def unpack(rows: Sequence[tuple[int, int, bytes]]) -> list[Change]:

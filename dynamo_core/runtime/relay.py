@@ -22,7 +22,7 @@ from dynamo_core.context import Context
 from dynamo_core.engines.contract import BlocksStored, KvEvent
 from dynamo_core.errors import RequestError
 from dynamo_core.kv import Chains, Change, Hasher, News
-from dynamo_core.kv.wire import Ask, decode_ask, encode, pack
+from dynamo_core.kv.wire import Ask, decode_ask, encode, joined, pack
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class KvRelay:
             self._flushing = None
         for dp_rank, rank in self._ranks.items():
             if rank.waiting:
-                changes, rank.waiting = rank.waiting, []
+                changes, rank.waiting = joined(rank.waiting), []
                 rank.id += 1
                 message = encode(self._news(dp_rank, rank, changes))
                 rank.kept.append((rank.id, message))

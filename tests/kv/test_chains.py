@@ -142,7 +142,7 @@ def test_bytes_and_signed_numbers_are_hashes_like_any_other():
     chains = Chains(HASHER)
     chains.apply([stored([b"a", b"b"]), stored([-5, 7], None, 50)])
     assert size(chains.apply([stored([9], 2**64 - 5, 90)])) == [("ADD", 0, 1)]
-    assert size(chains.apply([BlocksRemoved([2**64 - 5, b"b"])])) == [("REMOVE", 0, 4)]
+    assert size(chains.apply([BlocksRemoved([2**64 - 5]), BlocksRemoved([b"b"])])) == [("REMOVE", 0, 4)]
 
 
 def test_a_partial_last_block_is_left_out():

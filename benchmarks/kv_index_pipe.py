@@ -1,0 +1,223 @@
+"""From engine events on a ZeroMQ socket to the index: CPU of the consuming process, beside ai-dynamo's standalone indexer (Rust).
+
+    raw     a process reads what vLLM publishes, names the blocks and indexes them: the same work as the indexer's
+    edge    a router process follows the news of four workers, through event plane, feeds and provider; naming is the workers' work
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from benchmarks.kv_index_scenes import hashes
+from dynamo_core.cards import ModelCard
+from dynamo_core.config.schema import Config, Kv, Secret, Use
+from dynamo_core.config.schema import Router as RouterConfig
+from dynamo_core.engines.contract import BlocksStored
+from dynamo_core.kv import Chains, Hasher
+from dynamo_core.pipeline.feeds import EventFeeds
+from dynamo_core.pipeline.surroundings import Attachments
+from dynamo_core.plugins import Plugins
+from dynamo_core.routing.contract import Worker
+from dynamo_core.routing.router import Router
+from dynamo_core.routing.stack import build_stack
+from dynamo_core.runtime import names
+from dynamo_core.runtime.relay import KvRelay
+from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.types import Instance
+from dynamo_kv_router.index import Index
+
+WORKERS = 4
+PER_EVENT = 32
+PACE = 1024
+"""Blocks every 10 ms."""
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def cpu(pid: int) -> float:
+    """Seconds, of all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICK
+
+
+def settled(pid: int) -> float:
+    """CPU time once the process has had nothing to do for a while."""
+    last, since = cpu(pid), time.monotonic()
+    while time.monotonic() - since < 1.0:
+        time.sleep(0.1)
+        if (now := cpu(pid)) - last > 0.011:
+            last, since = now, time.monotonic()
+    return last
+
+
+def events(blocks: int, size: int) -> list[tuple[int, BlocksStored]]:
+    """(Worker, event): chains of 128 blocks, 32 an event."""
+    rng, found = random.Random(3), list[tuple[int, BlocksStored]]()
+    for i in range(blocks // 128):
+        chain = hashes(i, 128)
+        for start in range(0, 128, PER_EVENT):
+            ids = [rng.randrange(128_000) for _ in range(PER_EVENT * size)]
+            found.append((i % WORKERS, BlocksStored(chain[start : start + PER_EVENT], chain[start - 1] if start else None, ids)))
+    return found
+
+
+def publish(sockets: Sequence[zmq.Socket[bytes]], payloads: Sequence[tuple[int, bytes]]) -> None:
+    for i, (worker, payload) in enumerate(payloads):
+        sockets[worker].send_multipart([b"kv-events", i.to_bytes(8, "big"), payload])
+        if i % (PACE // PER_EVENT) == 0:
+            time.sleep(0.01)
+
+
+def as_vllm(event: BlocksStored, size: int) -> bytes:
+    return msgspec.msgpack.encode([0.0, [["BlockStored", event.hashes, event.parent, event.token_ids, size, None, "GPU"]], 0])
+
+
+def over_zmq(command: Sequence[str], blocks: int, size: int) -> float:
+    """Nanoseconds of CPU a block of whatever `command`, with its addresses, starts."""
+    context = zmq.Context.instance()
+    sockets = [context.socket(zmq.PUB) for _ in range(WORKERS)]
+    for socket in sockets:
+        socket.set(zmq.SNDHWM, 0)
+    ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in sockets]
+    payloads = [(worker, as_vllm(event, size)) for worker, event in events(blocks, size)]
+    addresses = [f"tcp://127.0.0.1:{port}" for port in ports]
+    process = subprocess.Popen([part.format(addresses=",".join(f"{i}={a}" for i, a in enumerate(addresses, 1))) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(4.0)
+        before = settled(process.pid)
+        publish(sockets, payloads)
+        return (settled(process.pid) - before) / blocks * 1e9
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for socket in sockets:
+            socket.close(0)
+
+
+# ------------------------------------------------------------------ ours, in processes of their own
+
+
+class _Stored(msgspec.Struct, array_like=True, gc=False):
+    tag: str
+    hashes: list[int]
+    parent: int | None
+    token_ids: list[int]
+    block_size: int
+
+
+class _Batch(msgspec.Struct, array_like=True, gc=False):
+    at: float
+    events: list[_Stored]
+
+
+def consume_raw(addresses: str, size: int) -> None:
+    hasher, index, poller = Hasher(b"benchmark", size), Index(), zmq.Poller()
+    decode = msgspec.msgpack.Decoder(_Batch).decode
+    sources: dict[zmq.Socket[bytes], tuple[Worker, Chains]] = {}
+    for pair in addresses.split(","):
+        name, _, address = pair.partition("=")
+        socket = zmq.Context.instance().socket(zmq.SUB)
+        socket.set(zmq.RCVHWM, 0)
+        socket.connect(address)
+        socket.subscribe(b"")
+        poller.register(socket, zmq.POLLIN)
+        sources[socket] = Worker(int(name)), Chains(hasher)
+        index.join(Worker(int(name)))
+    while True:
+        for socket, _ in poller.poll():
+            worker, chains = sources[socket]
+            batch = decode(socket.recv_multipart()[2])
+            for change in chains.apply([BlocksStored(event.hashes, event.parent, event.token_ids) for event in batch.events]):
+                index.apply(worker, change)
+
+
+def _config(folder: str) -> Config:
+    return Config(discovery=Use("file", {"path": folder}), kv=Kv(Secret("benchmark")), router=RouterConfig(scorers=(Use("kv-overlap"),)))
+
+
+def void(_: object) -> None: ...
+
+
+def _card(size: int) -> ModelCard:
+    return ModelCard(name="model", block_size=size, dp_size=WORKERS, kv_events=True)
+
+
+async def _follow(folder: str, size: int) -> None:
+    async with Runtime.open(_config(folder), Plugins.load()) as runtime:
+        while not (found := await runtime.discovery.items(names.instances("dynamo"))):
+            await asyncio.sleep(0.05)
+        instance = msgspec.json.decode(next(iter(found.values())), type=Instance)
+        router = Router("model", build_stack(runtime.config.router, runtime.plugins))
+        EventFeeds(runtime).add(router, "backend")
+        Attachments(runtime).follow(router, "backend")
+        for rank in range(WORKERS):
+            router.joined(Worker(instance.id, rank), instance, _card(size))
+        await asyncio.Event().wait()
+
+
+def consume_edge(folder: str, size: int) -> None:
+    import uvloop
+
+    uvloop.run(_follow(folder, size))
+
+
+async def _relay(blocks: int, size: int) -> tuple[float, float]:
+    """Nanoseconds of CPU a block: of the router process, and of the relay in this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with Runtime.open(_config(folder), Plugins.load()) as runtime:
+            publisher = await runtime.publisher("backend", "kv")
+            stream = events(blocks, size)
+            relay = KvRelay(_card(size), b"benchmark", lambda payload: void(publisher.publish(payload)))
+            await runtime.serve("backend", {names.KV_STATE: relay.answer})
+            await runtime.announce("backend", names.GENERATE, b"{}")
+            process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size)])
+            try:
+                await asyncio.sleep(4.0)
+                before = await asyncio.to_thread(settled, process.pid)
+                pulses, quiet = time.monotonic(), cpu(process.pid)
+                await asyncio.sleep(3.0)
+                idle = (cpu(process.pid) - quiet) / (time.monotonic() - pulses)
+                before, began, own = cpu(process.pid), time.monotonic(), time.process_time()
+                for i, (worker, event) in enumerate(stream):
+                    relay.reported([event], worker)
+                    if i % (PACE // PER_EVENT) == 0:
+                        await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
+                own = time.process_time() - own
+                after = await asyncio.to_thread(settled, process.pid)
+                spent = after - before - idle * (time.monotonic() - began)
+                return spent / blocks * 1e9, own / blocks * 1e9
+            finally:
+                process.kill()
+                process.wait()
+                relay.close()
+
+
+def pipelines(peer: str | None, quick: bool) -> None:
+    print("\nfrom ZeroMQ to the index, CPU ns a block of the consuming process; 32 blocks an event, 4 workers, 100k blocks a second")
+    blocks = 51_200 if quick else 204_800
+    for size in (16, 64):
+        theirs = over_zmq([peer, "-m", "dynamo.indexer", "--block-size", str(size), "--threads", "1", "--port", "18090", "--workers", "{addresses}"], blocks, size) if peer else None
+        raw = over_zmq([sys.executable, "-m", "benchmarks.kv_index_pipe", "raw", "{addresses}", str(size)], blocks, size)
+        edge, relay = asyncio.run(_relay(blocks, size))
+        print(f"blocks of {size:>2} tokens: raw events {versus(raw, theirs)};  news of relays {versus(edge, theirs)} "
+              f"(and {relay:.0f} in the worker that feeds them)", flush=True)
+
+
+def versus(ours: float, theirs: float | None) -> str:
+    return f"{ours:.0f}/{theirs:.0f} = {ours / theirs:.2f}" if theirs else f"{ours:.0f}"
+
+
+if __name__ == "__main__":
+    {"raw": consume_raw, "edge": consume_edge}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
