@@ -28,6 +28,8 @@ class Harm:
     """Labels of workers that must not be chosen any more..."""
     gone_since: float = 0.0
     """...after this Unix time."""
+    watch: float = 5.0
+    """Seconds for which to go on watching once the fleet is whole: a lease that a fault has ended is missed later."""
     may_break: bool = False
     """Streams through a killed frontend end with it."""
     may_wait: float = 0.0
@@ -129,6 +131,7 @@ async def frontends_restarted(stage: Stage, dice: random.Random, harm: Harm) -> 
 
 @fault("store directory gone", "the discovery directory is moved away for 30 s")
 async def directory_gone(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.watch = 1.5 * stage.shape.ttl + 5.0
     path: Path = stage.store
     aside = path.with_name("aside")
     path.rename(aside)
@@ -142,12 +145,14 @@ async def directory_gone(stage: Stage, dice: random.Random, harm: Harm) -> None:
 
 @fault("store directory wiped", "every file in the discovery directory is deleted", short=True)
 async def directory_wiped(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.watch = 1.5 * stage.shape.ttl + 5.0
     for folder in ("keys", "leases", "tmp"):
         shutil.rmtree(stage.store / folder)
 
 
 @fault("disk full", "the file system of the discovery directory has no byte left for 30 s, and one worker is killed meanwhile")
 async def disk_full(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.watch = 1.5 * stage.shape.ttl + 5.0
     litter = stage.store.parent / "litter"
     with litter.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -213,12 +218,15 @@ for _field in ("etcd", "nats"):
 
     @fault(f"{_field}: leader lost", "`kill -9` of the leader of three; started again 10 s later", field=_field)
     async def leader_lost(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        harm.watch = 1.5 * stage.shape.ttl + 5.0
         await stage.store.lose_leader(10.0)
 
     @fault(f"{_field}: all gone for a minute", "`kill -9` of all three; started again 60 s later", field=_field)
     async def all_gone(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        harm.watch = 1.5 * stage.shape.ttl + 5.0
         await stage.store.lose_all(60.0)
 
     @fault(f"{_field}: data wiped", "all three killed, their data deleted, started again", field=_field)
     async def wiped(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        harm.watch = 1.5 * stage.shape.ttl + 5.0
         await stage.store.wipe()

@@ -65,7 +65,7 @@ async def attempt(fault: Fault, stage: Stage, seed: int) -> Verdict:
             verdict.whole = await stage.until_whole(BACK)
         except TimeoutError as e:
             verdict.violations.append(f"not whole again: {e}")
-        quiet = 5.0
+        quiet = harm.watch
         if harm.gone:
             quiet = max(quiet, harm.gone_since + 2.0 - time.time())
         await asyncio.sleep(quiet)

@@ -27,6 +27,7 @@ from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
 from dynamo_core.pipeline.model import Member, ServedModel
 from dynamo_core.pipeline.observers import Watcher, tell
+from dynamo_core.pipeline.partings import Partings
 from dynamo_core.pipeline.surroundings import Attachments
 from dynamo_core.pipeline.waiting import QueueMetrics
 from dynamo_core.preprocess.text import TextPreprocessor
@@ -63,6 +64,7 @@ class FleetCatalog:
         self._aliases: dict[str, str] = {}
         self._building: dict[str, asyncio.Lock] = {}
         self._admitting: dict[_Offer, asyncio.Task[None]] = {}
+        self._partings = Partings(runtime, self._gone)
         self._refused: dict[_Offer, str] = {}
         self._announced: dict[_Offer, ModelCard] = {}
         """Cards of every worker in discovery, admitted or not."""
@@ -89,6 +91,7 @@ class FleetCatalog:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await catalog._partings.close()
             await catalog._attachments.close()
             await catalog._feeds.close()
 
@@ -145,12 +148,16 @@ class FleetCatalog:
     def problems(self) -> dict[str, str]:
         """Named degraded states; empty when all is well."""
         refused = {f"worker {id & 0xFFFFFF:06x}": why for (id, _), why in self._refused.items()}
-        return {**self._runtime.problems(), **self._watch.problems(), **refused, **self._feeds.problems(), **self._attachments.problems()}
+        sources = (self._runtime, self._watch, self._partings, self._feeds, self._attachments)
+        return {name: problem for source in sources for name, problem in source.problems().items()} | refused
 
     # -------------------------------------------------------------- what discovery says
 
     def _joined(self, instance: Instance, card: ModelCard) -> None:
         if instance.endpoint == names.generate(card.adapter):
+            self._partings.listed(instance)
+            if any((member := model.members.get(instance.id)) is not None and member.instance == instance and member.card != card for model in self._models.values()):
+                self._gone(instance)
             self._announced[_offer(instance)] = card
             self._admitting[_offer(instance)] = asyncio.create_task(self._admit(instance, card), name=f"admit {instance.label}")
 
@@ -159,6 +166,13 @@ class FleetCatalog:
         self._announced.pop(_offer(instance), None)
         if (task := self._admitting.pop(_offer(instance), None)) is not None:
             task.cancel()
+        known = [model.members.get(instance.id) for model in self._models.values()]
+        if any(member is not None and member.proven and member.instance.endpoint == instance.endpoint for member in known):
+            self._partings.ask(instance)
+        else:
+            self._gone(instance)
+
+    def _gone(self, instance: Instance) -> None:
         for model in self._models.values():
             known = model.members.get(instance.id)
             if known is not None and known.instance.endpoint == instance.endpoint and (member := model.remove(instance.id)) is not None:
@@ -192,6 +206,7 @@ class FleetCatalog:
                 continue
             self._refused.pop(_offer(instance), None)
             model.proven(member)
+            self._partings.serves(instance)
             log.info("worker %s serves model %s", instance.label, model.name)
             self._tell("dynamo_worker_joined", instance=instance, card=card)
             return

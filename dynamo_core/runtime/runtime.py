@@ -110,6 +110,10 @@ class Runtime:
             await self.register(f"card/{component}/{endpoint}", lambda id: (names.of_card(self.instance(component, endpoint, id)), card))
         await self.register(f"instance/{component}/{endpoint}", lambda id: _record(self.instance(component, endpoint, id)))
 
+    def announces(self, component: str, endpoint: str) -> bool:
+        """Whether this process means to be listed with this endpoint, whatever the store says at the moment."""
+        return f"instance/{component}/{endpoint}" in self._records
+
     async def withdraw(self, component: str, endpoint: str) -> None:
         """Leave discovery; what is being served goes on."""
         await self.unregister(f"instance/{component}/{endpoint}")

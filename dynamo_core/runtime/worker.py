@@ -227,6 +227,9 @@ class Worker:
     # -------------------------------------------------------------- health
 
     async def _answer_probe(self, payload: bytes, context: Context) -> AsyncIterator[bytes]:
+        """With the name of an endpoint: whether it should be listed. :raises WorkerDraining: it has left discovery on purpose."""
+        if payload and not self.runtime.announces(self.settings.name, payload.decode()):
+            raise WorkerDraining("it has left discovery")
         await self.probe()
         yield b"ok"
 
