@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.config import Router as RouterConfig
-from dynamo_core.errors import NoWorker
 from dynamo_core.kv import Change
 from dynamo_core.kv.prehashed import Prehashed
 from dynamo_core.kv.wire import Op
 from dynamo_core.plugins import Plugins
 from dynamo_core.routing.contract import RoutingRequest, Worker
+from dynamo_core.routing.queue import RouterQueue, Ticket
+from dynamo_core.routing.record import Decision
 from dynamo_core.routing.router import Router
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.types import Hints, Instance, Load
@@ -24,6 +25,17 @@ from dynamo_sim.scheduler import Limits
 
 MODEL = "replay"
 _NO_HINTS = Hints()
+
+
+class Placed(NamedTuple):
+    row: int
+    """Of the worker."""
+    overlap: int
+    """Prompt tokens that it is believed to have."""
+
+
+def _placed(decision: Decision | None) -> Placed | None:
+    return None if decision is None or decision.worker is None else Placed(decision.worker.instance - 1, decision.overlap_tokens)
 
 
 class Routers:
@@ -48,6 +60,10 @@ class Routers:
                 instance = Instance(id=worker.instance, namespace="replay", component="backend", endpoint="generate", address=f"virtual://{worker.instance}")
                 router.joined(worker, instance, card)
                 router.proven(worker)
+        self._queues = [RouterQueue(r, r.stack.queue, clock=lambda: self.now) if r.stack.queue is not None else None for r in self.routers]
+        self._stirred: dict[int, None] = {}
+        """Routers whose queues are to be looked at."""
+        self._settled: list[Ticket] = []
         self._indexes: list[Any] = [part.component for router in self.routers for part in router.providers if hasattr(part.component, "apply")]
         self.takes_changes = bool(self._indexes)
 
@@ -55,22 +71,50 @@ class Routers:
         hints = _NO_HINTS if session < 0 else Hints(session=str(session))
         return RoutingRequest(str(number), MODEL, Prehashed(names, prompt, block_size), prompt, hints=hints)
 
-    def route(self, number: int, request: RoutingRequest) -> tuple[int, int] | None:
-        """Choose and book: the worker's row, and the prompt tokens that it is believed to have. `None`: nobody can take it now."""
-        router = self.routers[number % len(self.routers)]
-        try:
-            decision = router.route(request)
-        except NoWorker:
-            return None
-        worker = decision.worker
-        assert worker is not None
-        overlap = decision.overlap_tokens
-        router.booked(request, worker, overlap)
-        return worker.instance - 1, overlap
+    def submit(self, number: int, request: RoutingRequest) -> Placed | None:
+        """Choose and book. `None`: see `release`. :raises NoWorker: nobody can take it."""
+        k = number % len(self.routers)
+        if (queue := self._queues[k]) is not None:
+            ticket = queue.submit(request, self._settled.append)
+            return None if ticket.waiting or ticket in self._settled else _placed(ticket.decision)
+        router = self.routers[k]
+        decision = router.route(request)
+        assert decision.worker is not None
+        router.booked(request, decision.worker, decision.overlap_tokens)
+        return _placed(decision)
 
-    def of(self, number: int) -> Router:
-        """The router that request `number` goes through."""
-        return self.routers[number % len(self.routers)]
+    def release(self) -> list[tuple[int, Placed | None]]:
+        """Requests that have left the queues since the last call; `None` for those that were turned away."""
+        for k in self._stirred:
+            if (queue := self._queues[k]) is not None:
+                queue.changed()
+                queue.release()
+        self._stirred.clear()
+        settled = [(int(ticket.request.id), _placed(ticket.decision)) for ticket in self._settled]
+        self._settled.clear()
+        return settled
+
+    def stir(self) -> bool:
+        """Let `release` look at all queues. Returns whether anybody waits."""
+        waiting = [k for k, queue in enumerate(self._queues) if queue is not None and len(queue)]
+        self._stirred.update(dict.fromkeys(waiting))
+        return bool(waiting)
+
+    def first_token(self, number: int, row: int, cached: int) -> None:
+        self._of(number).first_token(str(number), self.workers[row], cached)
+
+    def grew(self, number: int, row: int, tokens: int) -> None:
+        self._of(number, stirs=False).grew(str(number), self.workers[row], tokens)
+
+    def finished(self, number: int, row: int) -> None:
+        self._of(number).finished(str(number), self.workers[row], "done")
+
+    def _of(self, number: int, *, stirs: bool = True) -> Router:
+        """The router that the request went through."""
+        k = number % len(self.routers)
+        if stirs and (queue := self._queues[k]) is not None and len(queue):
+            self._stirred[k] = None
+        return self.routers[k]
 
     def changed(self, row: int, changes: Sequence[tuple[bool, NDArray[np.uint64]]]) -> None:
         """A cache changed: (stored or removed, keys)."""

@@ -15,10 +15,10 @@ from attrs import validators as v
 from numpy.typing import NDArray
 
 from dynamo_core.config import Router as RouterConfig
+from dynamo_core.errors import NoWorker
 from dynamo_core.plugins import Plugins
-from dynamo_core.routing.contract import RoutingRequest
 from dynamo_sim.replay.engine import BlockEngine, Job
-from dynamo_sim.replay.fleet import Routers
+from dynamo_sim.replay.fleet import Placed, Routers
 from dynamo_sim.replay.trace import Trace
 from dynamo_sim.scheduler import Limits
 from dynamo_sim.timing import Linear, Polynomial, Roofline, Timing
@@ -128,6 +128,8 @@ class _Run:
         """Requests that wait for the end of another."""
         self.news: deque[tuple[float, int, list[tuple[bool, NDArray[np.uint64]]]]] = deque()
         """Changes of caches that routers have not heard of."""
+        self.held: dict[int, Job] = {}
+        """What waits in the queues of routers."""
         self.reported = [-math.inf] * workers
         self.backlog = iter(range(count))
         """Closed loop: what was not sent yet."""
@@ -146,7 +148,9 @@ class _Run:
                 self._begin(now)
                 continue
             if later == math.inf:
-                break
+                if not routers.stir():
+                    break
+                later = now + 1000.0  # all is quiet, and somebody waits: until its time is up
             now = later
             routers.now = now / 1000.0
             if ends and ends[0][0] == now:
@@ -154,8 +158,11 @@ class _Run:
                 engines[row].finish()
                 self.ready.append(row)
                 self._tell(row, now)
-            else:
+                self._release(now)
+            elif arrivals and arrivals[0][0] == now:
                 self._arrive(heappop(arrivals)[1], now)
+            else:
+                self._release(now)
             if self.ended - said >= 1000:
                 said = self.ended
                 self.progress(said, now)
@@ -194,14 +201,31 @@ class _Run:
         self._hear(now)
         session = -1 if trace.session is None else int(trace.session[number])
         request = self.routers.request(number, names, prompt, size, session)
-        if not self._send(request, number, Job(number, prompt, output, names), now):
+        job = Job(number, prompt, output, names)
+        try:
+            placed = self.routers.submit(number, request)
+        except NoWorker:
             self._end(number, now)
+            return
+        if placed is None:
+            self.held[number] = job
+            self._release(now)  # it may have brought movement into the queue
+        else:
+            self._place(job, placed, now)
 
-    def _send(self, request: RoutingRequest, number: int, job: Job, now: float) -> bool:
-        if (chosen := self.routers.route(number, request)) is None:
-            return False
-        row, overlap = chosen
-        self.worker[number], self.predicted[number] = row, overlap
+    def _release(self, now: float) -> None:
+        """What waited in routers goes where there is room now."""
+        self._hear(now)
+        for number, placed in self.routers.release():
+            job = self.held.pop(number)
+            if placed is None:
+                self._end(number, now)
+            else:
+                self._place(job, placed, now)
+
+    def _place(self, job: Job, placed: Placed, now: float) -> None:
+        row = placed.row
+        self.worker[job.number], self.predicted[job.number] = row, placed.overlap
         engine = self.engines[row]
         if engine.idle:
             self.ready.append(row)
@@ -209,7 +233,6 @@ class _Run:
         engine.add(job, now)
         if engine.end < before:
             heappush(self.ends, (engine.end, row))
-        return True
 
     def _begin(self, now: float) -> None:
         ready, self.ready = self.ready, []
@@ -248,16 +271,15 @@ class _Run:
         number = job.number
         self.first[number] = now
         self.cached[number] = job.cached
-        self.routers.of(number).first_token(str(number), self.routers.workers[self.worker[number]], job.cached)
+        self.routers.first_token(number, int(self.worker[number]), job.cached)
 
     def grew(self, job: Job, tokens: int, now: float) -> None:
-        number = job.number
-        self.routers.of(number).grew(str(number), self.routers.workers[self.worker[number]], tokens)
+        self.routers.grew(job.number, int(self.worker[job.number]), tokens)
 
     def finished(self, job: Job, now: float) -> None:
         number = job.number
         self.done[number] = now
-        self.routers.of(number).finished(str(number), self.routers.workers[self.worker[number]], "done")
+        self.routers.finished(number, int(self.worker[number]))
         self._end(number, now)
 
     def _outcome(self, wall_s: float) -> Outcome:
