@@ -1,4 +1,4 @@
-"""NATS: a request plane and an event plane for fleets whose network runs through a broker."""
+"""NATS: a request plane, an event plane and a discovery store for fleets whose network runs through a broker."""
 
 from dynamo_core.hookspecs import hookimpl
 from dynamo_core.plugins import Registry
@@ -8,3 +8,4 @@ from dynamo_core.plugins import Registry
 def dynamo_register(registry: Registry) -> None:
     registry.request_plane("nats", "dynamo_nats.plane:NatsPlane", summary="multiplexed streams through NATS, step-batched")
     registry.event_plane("nats", "dynamo_nats.events:NatsEvents", summary="events through NATS: at most once, or durable in JetStream")
+    registry.discovery("nats", "dynamo_nats.discovery:NatsDiscovery", summary="a JetStream stream, for fleets that run NATS anyway")

@@ -87,8 +87,8 @@ class NatsEvents(NatsOptions):
         await connection.open()
         try:
             if self.durable:
-                self._stream = DurableStream(connection, self.prefix, self.send_queue)
-                await self._stream.open(self.keep_events, self.keep_seconds, self.replicas)
+                self._stream = DurableStream(connection, self.prefix, self.send_queue, self.keep_events, self.keep_seconds, self.replicas)
+                await self._stream.open()
         except BaseException:
             await connection.close()
             raise

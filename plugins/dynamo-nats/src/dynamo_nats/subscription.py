@@ -16,8 +16,9 @@ from dynamo_core.errors import DynamoError
 from dynamo_core.events.contract import Event, Notice
 from dynamo_core.events.inbox import Inbox
 from dynamo_nats.connection import Connection
-from dynamo_nats.durable import DurableStream, Replay
+from dynamo_nats.durable import DurableStream
 from dynamo_nats.events_wire import EVENT, HEADER, Assembler, advert_prefix
+from dynamo_nats.stream import Replay
 
 _GREETINGS = 1.0
 """Seconds for which `subscribe` waits for those publishers that are there already."""

@@ -1,0 +1,195 @@
+"""What the messages of the discovery stream mean. Every process reads them in the same order and so comes to the same state.
+
+    l.LEASE        {"ttl": seconds}: the lease is alive; or nothing: it has ended
+    k.KEY.LEASE    the value of a key, put under a lease (0: none)
+    d.KEY          the key was deleted
+    b.READER       nothing; whoever wrote it waits until he reads it, and then knows everything from before
+
+The stream keeps the last message of each subject. A record counts only if its lease is alive where it stands in the stream: whatever an expired owner still
+writes, it writes behind its own end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable
+
+import attrs
+import msgspec
+
+from dynamo_core.discovery.contract import Delete, Put
+
+_GARBAGE = 60.0
+"""Seconds after which messages that mean nothing any more are removed. Who reads the stream anew meanwhile understands them."""
+
+
+@attrs.define
+class LeaseState:
+    ttl: float
+    sequence: int
+    """The number of its last heartbeat."""
+    heard: float
+    """When we read that, by our own clock."""
+
+
+@attrs.frozen
+class Record:
+    put: Put
+    sequence: int
+    tokens: str
+    """Of the subject that it stands on."""
+
+
+@attrs.define
+class _Reading:
+    """What was read of a stream that is read anew, until its end is reached."""
+
+    leases: dict[int, tuple[int, float | None]] = attrs.field(factory=dict)
+    records: dict[str, Record] = attrs.field(factory=dict)
+    """By tokens."""
+    deletes: dict[str, int] = attrs.field(factory=dict)
+
+
+class _Beat(msgspec.Struct):
+    ttl: float
+
+
+class Ledger:
+    """`changed` is told of each change; `ended` of each lease that ends."""
+
+    def __init__(self, changed: Callable[[Put | Delete], None], ended: Callable[[int], None]) -> None:
+        self.records: dict[str, Record] = {}
+        self.leases: dict[int, LeaseState] = {}
+        self.complete = False
+        """The present has been read to its end."""
+        self._changed = changed
+        self._ended = ended
+        self._reading: _Reading | None = None
+        self._garbage: list[tuple[float, int, str, int]] = []
+        self._numbers = itertools.count()
+        self._loop = asyncio.get_running_loop()
+
+    # ------------------------------------------------------------------ reading anew
+
+    def begin(self) -> None:
+        self.complete = False
+        self._reading = _Reading()
+
+    def finish(self) -> tuple[dict[str, Record], dict[int, LeaseState]]:
+        """The present, as what was read since `begin` makes it."""
+        reading, self._reading = self._reading or _Reading(), None
+        now = self._loop.time()
+        leases = {lease: LeaseState(ttl, sequence, now) for lease, (sequence, ttl) in reading.leases.items() if ttl is not None}
+        newest: dict[str, Record] = {}
+        for record in reading.records.values():
+            lease = record.put.lease
+            if lease is not None and lease not in leases and record.sequence > reading.leases.get(lease, (0, None))[0]:
+                self._drop(record.tokens, record.sequence)  # written behind the end of its lease
+                continue
+            before = newest.get(record.put.key)
+            if before is None or before.sequence < record.sequence:
+                newest[record.put.key] = record
+        for lease, (sequence, ttl) in reading.leases.items():
+            if ttl is None:
+                self._drop_lease(lease, sequence)
+        for key, sequence in reading.deletes.items():
+            self._drop_key(key, sequence)
+        present = {key: record for key, record in newest.items()
+                   if record.sequence > reading.deletes.get(key, 0) and (record.put.lease is None or record.put.lease in leases)}
+        self.complete = True
+        return present, leases
+
+    # ------------------------------------------------------------------ messages
+
+    def read(self, tokens: str, value: bytes, sequence: int) -> None:
+        kind, _, rest = tokens.partition(".")
+        if kind == "k":
+            key, _, lease = rest.partition(".")
+            record = Record(Put(_key(key), value, int(lease, 16) or None), sequence, tokens)
+            if self._reading is not None:
+                self._reading.records[tokens] = record
+            else:
+                self._put(record)
+        elif kind == "d":
+            if self._reading is not None:
+                self._reading.deletes[_key(rest)] = sequence
+            else:
+                self._remove(_key(rest))
+                self._drop_key(_key(rest), sequence)
+        elif kind == "l":
+            ttl = msgspec.json.decode(value, type=_Beat).ttl if value else None
+            if self._reading is not None:
+                self._reading.leases[int(rest, 16)] = sequence, ttl
+            else:
+                self._lease(int(rest, 16), ttl, sequence)
+        elif kind == "b":
+            self._drop(tokens, sequence)
+
+    def _put(self, record: Record) -> None:
+        lease = record.put.lease
+        if lease is not None and lease not in self.leases:
+            self._drop(record.tokens, record.sequence)
+            return
+        before = self.records.get(record.put.key)
+        if before is not None and before.tokens != record.tokens:
+            self._drop(before.tokens, before.sequence)
+        self.records[record.put.key] = record
+        self._changed(record.put)
+
+    def _lease(self, lease: int, ttl: float | None, sequence: int) -> None:
+        if ttl is not None:
+            self.leases[lease] = LeaseState(ttl, sequence, self._loop.time())
+            return
+        if self.leases.pop(lease, None) is not None:
+            for key in [key for key, record in self.records.items() if record.put.lease == lease]:
+                self._remove(key)
+        self._drop_lease(lease, sequence)
+        self._ended(lease)
+
+    def _remove(self, key: str) -> None:
+        if self.records.pop(key, None) is not None:
+            self._changed(Delete(key))
+
+    # ------------------------------------------------------------------ time
+
+    def heard_now(self) -> None:
+        """We were away, and cannot say who was silent meanwhile."""
+        for state in self.leases.values():
+            state.heard = self._loop.time()
+
+    def silent(self, grace: float) -> list[tuple[int, int]]:
+        """Leases that nobody has kept alive, and the numbers of their last heartbeats."""
+        now = self._loop.time()
+        return [(lease, state.sequence) for lease, state in self.leases.items() if now - state.heard > state.ttl + grace]
+
+    def garbage(self) -> list[tuple[str, int]]:
+        """Tokens (perhaps with a `*`) and numbers: up to those, what stands there can be removed now."""
+        due: list[tuple[str, int]] = []
+        while self._garbage and self._garbage[0][0] <= self._loop.time():
+            _, _, tokens, sequence = heapq.heappop(self._garbage)
+            due.append((tokens, sequence))
+        return due
+
+    def _drop(self, tokens: str, sequence: int, delay: float = _GARBAGE) -> None:
+        heapq.heappush(self._garbage, (self._loop.time() + delay, next(self._numbers), tokens, sequence))
+
+    def _drop_lease(self, lease: int, sequence: int) -> None:
+        """First the records, and only later the message that says why they do not count."""
+        self._drop(f"k.*.{lease:x}", sequence)
+        self._drop(f"l.{lease:x}", sequence, 2 * _GARBAGE)
+
+    def _drop_key(self, key: str, sequence: int) -> None:
+        self._drop(f"k.{token(key)}.*", sequence)
+        self._drop(f"d.{token(key)}", sequence, 2 * _GARBAGE)
+
+
+def token(key: str) -> str:
+    """A key as one token of a subject."""
+    return urlsafe_b64encode(key.encode()).decode().rstrip("=")
+
+
+def _key(token: str) -> str:
+    return urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
