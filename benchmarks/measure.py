@@ -17,7 +17,7 @@ from benchmarks.targets import MODEL, Running, Target, started
 
 QUIET = 0.15
 """Cores that others may use when a phase begins."""
-PATIENCE = 20.0
+PATIENCE = 5.0
 """Seconds to wait for that."""
 
 
@@ -44,7 +44,8 @@ def load(running: Running, scenario: Scenario, seed: int, speed: float) -> dict[
     """Run the load generator in a process of its own."""
     command = [
         sys.executable, "-m", "benchmarks.loadgen", f"--port={running.port}", f"--model={MODEL}",
-        f"--words={scenario.words}", f"--max-tokens={scenario.tokens}", f"--at-once={scenario.at_once}", f"--seconds={scenario.seconds / speed}", f"--warm-up={scenario.warm_up / speed}", f"--seed={seed}",
+        f"--words={scenario.words}", f"--max-tokens={scenario.tokens}", f"--at-once={scenario.at_once}",
+        f"--seconds={scenario.seconds / speed}", f"--warm-up={scenario.warm_up / speed}", f"--seed={seed}",
         *(["--unary"] if not scenario.stream else []),
         *(f"--group={role}={','.join(map(str, pids))}" for role, pids in running.groups.items()),
     ]

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -112,7 +112,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(target: Target, work: Path, model: Path, *, paced: bool) -> Iterator[Running]:
+def started(target: Target, work: Path, model: Path, *, paced: bool) -> Generator[Running]:
     """Start a system, wait for its first answer, and stop all of it afterwards. :raises NotReady: it gave none."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

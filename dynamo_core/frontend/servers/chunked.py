@@ -1,7 +1,8 @@
-"""Streamed bodies over HTTP/1.1, past the layers of hypercorn that have nothing to say about them.
+"""Answers over HTTP/1.1 with fewer layers and fewer writes than hypercorn makes of them.
 
 Between the head of a chunked response and its end, an event is a chunk and nothing else: no state changes, in hypercorn or in h11.
-Taking each one through six coroutines and a lock costs more than making it. Head, end and errors take the whole way.
+Taking each one through six coroutines and a lock costs more than making it. Head and end take the whole way, but what comes of that
+is collected, so that the head leaves with the first bytes of the body, and the last bytes with the end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 from typing import Any
 
 from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.events import Event, RawData
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from starlette.types import Message, Send
@@ -19,7 +21,7 @@ _WAITING = 32 * 1024
 
 
 def chunked(scope: Any, send: Send) -> Send:
-    """`send`, made cheaper for a request whose answer may be chunked; otherwise `send` itself."""
+    """`send`, made cheaper for a request over HTTP/1.1; otherwise `send` itself."""
     stream = getattr(send, "__self__", None)
     if scope["http_version"] != "1.1" or scope["method"] == "HEAD" or not isinstance(stream, HTTPStream):
         return send
@@ -27,35 +29,62 @@ def chunked(scope: Any, send: Send) -> Send:
     server = getattr(getattr(protocol, "send", None), "__self__", None)
     if not isinstance(protocol, H11Protocol) or not isinstance(server, TCPServer):
         return send
-    return _Chunks(stream, server.writer, send).send
+    return _Answer(stream, protocol, server, send).send
 
 
-class _Chunks:
-    def __init__(self, stream: HTTPStream, writer: asyncio.StreamWriter, send: Send) -> None:
+class _Answer:
+    __slots__ = ("_chunked", "_out", "_post", "_protocol", "_send", "_stream", "_transport", "_writer")
+
+    def __init__(self, stream: HTTPStream, protocol: H11Protocol, server: TCPServer, send: Send) -> None:
         self._stream = stream
-        self._writer = writer
-        self._transport = writer.transport
+        self._protocol = protocol
+        self._post = server.protocol_send
+        self._writer = server.writer
+        self._transport = server.writer.transport
         self._send = send
         self._chunked = False
+        self._out: list[bytes] = []
+        """Collected, and not yet written."""
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.body" and self._chunked:
-            body = message.get("body", b"")
-            more = message.get("more_body", False)
-            if body and not self._stream.closed and not self._transport.is_closing():
-                self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-                if more:
-                    if self._transport.get_write_buffer_size() > _WAITING:
-                        await self._drain()
-                    return
-                message = {**message, "body": b""}
-        await self._send(message)
-        if message["type"] == "http.response.start":
+        kind = message["type"]
+        if kind == "http.response.body" and self._chunked and not self._stream.closed:
+            if body := message.get("body", b""):
+                self._out.append(b"%x\r\n%b\r\n" % (len(body), body))
+            if not message.get("more_body", False):
+                await self._collected({**message, "body": b""})
+        else:
+            await self._collected(message)
+        if kind == "http.response.start":
             # Without a length, h11 frames the body of a 1.1 response in chunks.
             self._chunked = message["status"] == 200 and not any(name == b"content-length" for name, _ in message["headers"])
+            asyncio.get_running_loop().call_soon(self._write)  # a body that is late does not hold the head back
+            return
+        self._write()
+        if self._transport.get_write_buffer_size() > _WAITING:
+            try:
+                await self._writer.drain()
+            except (ConnectionError, RuntimeError):
+                pass  # the client is gone; the application learns it from `receive`
 
-    async def _drain(self) -> None:
+    async def _collected(self, message: Message) -> None:
+        """The whole way through hypercorn, with its writes collected."""
+        self._protocol.send = self._collect
         try:
-            await self._writer.drain()
-        except (ConnectionError, RuntimeError):
-            pass  # the client is gone; the application learns it from `receive`
+            await self._send(message)
+        finally:
+            self._protocol.send = self._post
+
+    async def _collect(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            self._out.append(event.data)
+        else:
+            self._write()
+            await self._post(event)
+
+    def _write(self) -> None:
+        if self._out:
+            data = b"".join(self._out)
+            self._out.clear()
+            if not self._transport.is_closing():
+                self._transport.write(data)
