@@ -27,7 +27,7 @@ class Kv(KvCost):
     def stack(self) -> Mapping[str, Any]:
         weights = {a.name: getattr(self, a.name) for a in attrs.fields(KvCost)}
         return {
-            "filters": [{"use": "taints"}],
+            "filters": ["taints", "adapter"],
             "scorers": [{"use": "kv-cost", **weights}],
             "picker": {"use": "softmax", "temperature": self.temperature} if self.temperature else {"use": "best"},
         }
@@ -41,4 +41,4 @@ class KvPlusPreset(KvPlus):
 
     def stack(self) -> Mapping[str, Any]:
         weights = {a.name: getattr(self, a.name) for a in attrs.fields(KvPlus)}
-        return {"filters": [{"use": "taints"}], "scorers": [{"use": "kv-plus", **weights}], "queue": QUEUE}
+        return {"filters": ["taints", "adapter"], "scorers": [{"use": "kv-plus", **weights}], "queue": QUEUE}
