@@ -8,7 +8,7 @@ EDITABLE  := $(foreach p,$(WORKSPACE),-e ./$(p))
 STACK_llamacpp := samples/quickstart.toml
 STACK_sim      := samples/quickstart-sim.toml
 
-.PHONY: demo test quick slow lint bench clean
+.PHONY: demo test quick slow lint bench peers clean
 .DEFAULT_GOAL := demo
 
 # The stamp follows every pyproject.toml: a change of dependencies installs again.
@@ -40,8 +40,13 @@ lint: $(VENV)/.developing
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# make bench PEERS=dir compares with the peer that `make peers PEERS=dir` installed there.
 bench: $(VENV)/.developing
-	$(BIN)/python -m benchmarks.run
+	PEERS=$(PEERS) $(BIN)/python -m benchmarks.run $(BENCH)
+
+peers:
+	@$(if $(PEERS),,$(error say where: make peers PEERS=dir))
+	PYTHON=$(PYTHON) benchmarks/peers.sh $(PEERS)
 
 clean:
 	rm -rf $(VENV) .dynamo .pytest_cache .ruff_cache .hypothesis
