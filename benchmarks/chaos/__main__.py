@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
@@ -50,7 +49,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=FULL.streams)
     parser.add_argument("--short", action="store_true", help="a small fleet, and the faults of the shortened suite")
     parser.add_argument("--keep", type=Path, help="where logs go; default: a temporary directory that is deleted")
-    parser.add_argument("--results", type=Path, help="also write the verdicts as JSON")
+    parser.add_argument("--results", type=Path, help="keep the verdicts here, as JSON; those of earlier runs stay for faults that are not tried now")
     parser.add_argument("--report", type=Path, help="write the table of faults in this page")
     options = parser.parse_args()
     raise_file_limit()
@@ -67,7 +66,7 @@ def main() -> int:
     for field, why in left_out.items():
         print(f"left out: {field}: {why}")
     if options.results:
-        options.results.write_text(json.dumps([report.plain(verdict) for verdict in verdicts], indent=1))
+        verdicts = report.together(options.results, verdicts)
     if options.report:
         report.write_faults(options.report, verdicts, left_out, shape, options.seed)
     return 1 if any(verdict.violations for verdict in verdicts) else 0

@@ -59,7 +59,7 @@ async def open_field(field: str, folder: Path, shape: Shape, seed: int) -> Async
             store = await asyncio.to_thread(_servers, field, folder)
             exits.callback(store.cluster.kill)
             planes = store.planes
-        else:
+        if isinstance(store, Path):
             exits.enter_context(_small_disk(folder / "store"))
         yield await exits.enter_async_context(raised(folder, shape, planes, seed=seed, store=store, environ=environ, link=link))
 

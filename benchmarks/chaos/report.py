@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from benchmarks.chaos.faults import FAULTS
 from benchmarks.chaos.stage import Shape
 from benchmarks.chaos.trial import Verdict
 
@@ -31,8 +33,14 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 )
 
 
-def plain(verdict: Verdict) -> dict[str, Any]:
-    return attrs.asdict(verdict)
+def together(path: Path, verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """These verdicts, and those that the file has of other faults; the file has them all afterwards."""
+    known: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    by_name = {entry["fault"]: Verdict(**entry) for entry in known} | {verdict.fault: verdict for verdict in verdicts}
+    order = {fault.name: number for number, fault in enumerate(FAULTS)}
+    found = sorted((verdict for verdict in by_name.values() if verdict.fault in order), key=lambda verdict: order[verdict.fault])
+    path.write_text(json.dumps([attrs.asdict(verdict) for verdict in found], indent=1) + "\n")
+    return found
 
 
 def write_faults(page: Path, verdicts: Sequence[Verdict], left_out: Mapping[str, str], shape: Shape, seed: int) -> None:

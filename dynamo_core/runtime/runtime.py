@@ -26,7 +26,7 @@ from dynamo_core.config import build
 from dynamo_core.config.schema import Config
 from dynamo_core.context import Context
 from dynamo_core.discovery.contract import Discovery, Lease
-from dynamo_core.errors import DynamoError, EndpointNotFound
+from dynamo_core.errors import DynamoError, EndpointNotFound, LeaseLost
 from dynamo_core.events.contract import EventContext, EventPlane, Publisher, Subscription
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
@@ -123,7 +123,8 @@ class Runtime:
         """Put a record under the lease, and again under every later lease. `record(id)` returns key and value."""
         async with self._registering:
             self._records[name] = record
-            await self._put(name)
+            with contextlib.suppress(LeaseLost):  # whoever keeps the lease puts every record again under the next one
+                await self._put(name)
 
     async def unregister(self, name: str) -> None:
         async with self._registering:
