@@ -7,8 +7,11 @@ WORKSPACE := . $(wildcard plugins/dynamo-*) $(wildcard plugins/routers/dynamo-*)
 EDITABLE  := $(foreach p,$(WORKSPACE),-e ./$(p))
 STACK_llamacpp := samples/quickstart.toml
 STACK_sim      := samples/quickstart-sim.toml
+STACK_vllm     := samples/quickstart-vllm.toml
+VLLM   := .venv-vllm
+SMOLLM := .cache/models/smollm2/config.json
 
-.PHONY: demo test quick slow lint bench peers clean
+.PHONY: demo test quick slow slow-vllm lint bench peers clean
 .DEFAULT_GOAL := demo
 
 # The stamp follows every pyproject.toml: a change of dependencies installs again.
@@ -23,17 +26,39 @@ $(VENV)/.developing: $(VENV)/.installed
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group dev
 	@touch $@
 
-demo: $(VENV)/.installed
-	@$(if $(STACK_$(ENGINE)),,$(error ENGINE is one of: llamacpp, sim))
-	@$(BIN)/dynamo demo $(STACK_$(ENGINE))
+# vLLM for CPU takes two gigabytes, so it has an environment of its own, made only when it is asked for.
+VLLM_EDITABLE := $(foreach p,. plugins/dynamo-vllm plugins/routers/dynamo-kv-router,-e ./$(p))
+$(VLLM)/.installed: $(VENV)/.installed plugins/dynamo-vllm/install-cpu.sh plugins/dynamo-vllm/pyproject.toml
+	@echo "making $(VLLM) with vLLM for CPU"
+	@test -x $(VLLM)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VLLM)
+	@plugins/dynamo-vllm/install-cpu.sh $(VLLM)/bin/python $(BIN)/uv
+	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python $(VLLM_EDITABLE) accelerate gguf hypothesis "openai>=1.60" "pytest>=8" "pytest-asyncio>=0.25"
+	@touch $@
 
-test: lint quick slow
+$(SMOLLM): $(VLLM)/.installed
+	@echo "converting SmolLM2 for vLLM"
+	@$(VLLM)/bin/python -m dynamo_vllm.from_gguf "$$($(BIN)/python -m dynamo_llamacpp fetch)" $(dir $@) >/dev/null
+	@touch $@
+
+ifeq ($(ENGINE),vllm)
+demo: $(SMOLLM)
+	@$(VLLM)/bin/dynamo demo $(STACK_vllm)
+else
+demo: $(VENV)/.installed
+	@$(if $(STACK_$(ENGINE)),,$(error ENGINE is one of: llamacpp, sim, vllm))
+	@$(BIN)/dynamo demo $(STACK_$(ENGINE))
+endif
+
+test: lint quick slow slow-vllm
 
 quick: $(VENV)/.developing
 	$(BIN)/python -m pytest -q -m "not slow" -n 4
 
 slow: $(VENV)/.developing
 	$(BIN)/python -m pytest -q -m slow
+
+slow-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow plugins/dynamo-vllm
 
 lint: $(VENV)/.developing
 	$(BIN)/ruff check .
@@ -49,4 +74,4 @@ peers:
 	PYTHON=$(PYTHON) benchmarks/peers.sh $(PEERS)
 
 clean:
-	rm -rf $(VENV) .dynamo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .dynamo .pytest_cache .ruff_cache .hypothesis

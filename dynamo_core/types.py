@@ -198,6 +198,8 @@ class Delta(msgspec.Struct, gc=False):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[LogprobText] | None = None
+    embedding: list[float] | None = None
+    """Of a model that answers with a vector."""
 
 
 class Usage(msgspec.Struct, gc=False):

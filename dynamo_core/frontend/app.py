@@ -12,6 +12,7 @@ from dynamo_core.config.schema import Frontend
 from dynamo_core.frontend.chat import Chat
 from dynamo_core.frontend.completions import Completions
 from dynamo_core.frontend.contract import Authenticator, RateLimiter
+from dynamo_core.frontend.embeddings import Embeddings
 from dynamo_core.frontend.endpoint import Endpoint
 from dynamo_core.frontend.exchange import request_id
 from dynamo_core.frontend.failure import Failure
@@ -21,7 +22,7 @@ from dynamo_core.frontend.service import FinishedObserver, Service
 from dynamo_core.frontend.site import admin_site, site
 from dynamo_core.pipeline.contract import Catalog
 
-COMPLETION_PATHS = {"/v1/chat/completions": Chat, "/v1/completions": Completions}
+COMPLETION_PATHS = {"/v1/chat/completions": Chat, "/v1/completions": Completions, "/v1/embeddings": Embeddings}
 
 
 def create_app(

@@ -38,7 +38,7 @@ class Completions:
             raise RequestError(f"best_of must equal n, which is {n}", param="best_of")
         if body.max_tokens == 0:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
-        prompts = _split(body.prompt) if ext.token_ids is None else [ext.token_ids]
+        prompts = split(body.prompt, "prompt", MAX_PROMPTS) if ext.token_ids is None else [ext.token_ids]
         if len(prompts) * n > MAX_CHOICES:
             raise RequestError(f"{len(prompts)} prompts times n = {n} are more than {MAX_CHOICES} choices", param="prompt")
         if len(prompts) > 1 and (body.prompt_logprobs is not None or (body.echo and body.logprobs is not None)):
@@ -73,17 +73,17 @@ class Completions:
         )
 
 
-def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """A string or a list of token ids is one prompt; a list of either is several."""
+def split(prompt: str | list[str | int | list[int]], name: str, limit: int) -> list[str | list[int]]:
+    """A string or a list of token ids is one prompt; a list of either is several. `name` is what the client calls it."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise RequestError("prompt must not be empty", param="prompt")
+        raise RequestError(f"{name} must not be empty", param=name)
     kinds = {type(item) for item in prompt}
     if kinds == {int}:
         return [cast("list[int]", prompt)]
     if len(kinds) > 1:
-        raise RequestError("prompt: use strings, or token ids, or lists of token ids; not a mixture", param="prompt")
-    if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"prompt: {len(prompt)} prompts are more than {MAX_PROMPTS}", param="prompt")
+        raise RequestError(f"{name}: use strings, or token ids, or lists of token ids; not a mixture", param=name)
+    if len(prompt) > limit:
+        raise RequestError(f"{name}: {len(prompt)} of them are more than {limit}", param=name)
     return cast("list[str | list[int]]", prompt)

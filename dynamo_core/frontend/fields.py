@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -141,6 +141,23 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     functions: list[Any] | None = None
     function_call: Any = None
     parallel_tool_calls: bool | None = None
+
+
+class EmbeddingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/embeddings`."""
+
+    stream: ClassVar[None] = None
+    stream_options: ClassVar[None] = None
+
+    model: Name
+    input: str | list[str | TokenId | list[TokenId]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None
+    cache_salt: Name | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
+    dynamo: Extension | None = None
+    nvext: Extension | None = None
+    user: str | None = None
 
 
 class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ import msgspec
 from dynamo_core.frontend.answers import Answer
 from dynamo_core.frontend.chunks import Chunks
 from dynamo_core.frontend.exchange import Exchange
-from dynamo_core.frontend.fields import Annotation, Body
+from dynamo_core.frontend.fields import Annotation, Body, EmbeddingBody
 from dynamo_core.pipeline.contract import Generation, Model
 from dynamo_core.types import Delta, Request, TextOptions
 
@@ -20,7 +20,7 @@ from dynamo_core.types import Delta, Request, TextOptions
 class Job:
     id: str
     """Of the answer: `chatcmpl-...` or `cmpl-...`."""
-    body: Body
+    body: Body | EmbeddingBody
     model: Model
     requests: list[Request]
     """One, or one for each prompt of a plain completion."""

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from dynamo_core import __version__
-from dynamo_core.frontend.fields import ChatBody, CompletionBody
+from dynamo_core.frontend.fields import ChatBody, CompletionBody, EmbeddingBody
 from dynamo_core.frontend.replies import reply
 from dynamo_core.frontend.service import Service
 
@@ -25,7 +25,11 @@ _GET = {
     "/debug/decisions/{id}": "A routing decision, by decision or request id",
     "/debug/fleet": "Models, workers, planes",
 }
-_POST = {"/v1/chat/completions": ("Chat completion, streamed or whole", ChatBody), "/v1/completions": ("Plain completion, streamed or whole", CompletionBody)}
+_POST: dict[str, tuple[str, type[msgspec.Struct]]] = {
+    "/v1/chat/completions": ("Chat completion, streamed or whole", ChatBody),
+    "/v1/completions": ("Plain completion, streamed or whole", CompletionBody),
+    "/v1/embeddings": ("One vector for each input", EmbeddingBody),
+}
 
 
 @cache

@@ -56,6 +56,8 @@ class TextGeneration:
             if output.cached_tokens is not None or output.prompt_logprobs is not None:
                 self._first(output)
             delta = choice.push(output, delta)
+            if output.embedding is not None and delta is not None:
+                delta.embedding = output.embedding
         if delta is None:
             return ()
         self.usage.completion_tokens += len(delta.token_ids)

@@ -8,13 +8,13 @@ from typing import get_args
 import msgspec
 import pytest
 
-from dynamo_core.frontend.fields import Annotation, ChatBody, CompletionBody, Extension, StreamOptions
+from dynamo_core.frontend.fields import Annotation, ChatBody, CompletionBody, EmbeddingBody, Extension, StreamOptions
 from dynamo_core.frontend.openapi import specification
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "http-api.md").read_text()
 
 
-@pytest.mark.parametrize("cls", [ChatBody, CompletionBody, Extension, StreamOptions])
+@pytest.mark.parametrize("cls", [ChatBody, CompletionBody, EmbeddingBody, Extension, StreamOptions])
 def test_every_field_is_on_the_page(cls):
     assert [f.encode_name for f in msgspec.structs.fields(cls) if f"`{f.encode_name}`" not in PAGE] == []
 
