@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 import zmq
+from prometheus_client import CollectorRegistry
 
 from benchmarks.kv_index_scenes import hashes
 from dynamo_core.cards import ModelCard
@@ -160,7 +161,7 @@ async def _follow(folder: str, size: int) -> None:
         instance = msgspec.json.decode(next(iter(found.values())), type=Instance)
         router = Router("model", build_stack(runtime.config.router, runtime.plugins))
         EventFeeds(runtime).add(router, "backend")
-        Attachments(runtime).follow(router, "backend")
+        Attachments(runtime, CollectorRegistry()).follow(router, "backend")
         for rank in range(WORKERS):
             router.joined(Worker(instance.id, rank), instance, _card(size))
         await asyncio.Event().wait()

@@ -71,7 +71,7 @@ class FleetCatalog:
         self._families = PipelineFamilies(registry)
         self._watch = FleetWatch(runtime, self._joined, self._left)
         self._feeds = EventFeeds(runtime)
-        self._attachments = Attachments(runtime)
+        self._attachments = Attachments(runtime, registry)
         self._ring = Ring(self._config.router.decisions)
         self._around: list[Around] = [build(use, "preprocessor", runtime.plugins) for use in self._config.around]
         build_stack(self._config.router, runtime.plugins)  # a stack that cannot start must not wait for its first worker to say so

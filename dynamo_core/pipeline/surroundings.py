@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import attrs
+from prometheus_client import CollectorRegistry, Gauge
 
 from dynamo_core.cards import Role
 from dynamo_core.context import Context
@@ -55,11 +56,13 @@ class FleetSurroundings:
 class Attachments:
     """Which providers of which routers are attached; `follow` again after a router's stack was swapped."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, registry: CollectorRegistry) -> None:
         self._runtime = runtime
         self._attached: dict[Router, dict[Part, tuple[FleetSurroundings, asyncio.Task[None]]]] = {}
         self._failed: dict[str, str] = {}
         runtime.on_new_lease(self._again)
+        degraded = Gauge("dynamo_router_degraded", "Degraded states that fact providers report now; /health names them.", registry=registry)
+        degraded.set_function(lambda: len(self.problems()))
 
     def follow(self, router: Router, component: str) -> None:
         """Attach the providers of `router` that want it, and detach those that it has no more."""
