@@ -11,7 +11,7 @@ STACK_vllm     := samples/quickstart-vllm.toml
 VLLM   := .venv-vllm
 SMOLLM := .cache/models/smollm2/config.json
 
-.PHONY: demo test quick slow slow-vllm lint bench peers clean
+.PHONY: demo test quick slow slow-vllm lint bench peers chaos clean
 .DEFAULT_GOAL := demo
 
 # The stamp follows every pyproject.toml: a change of dependencies installs again.
@@ -72,6 +72,12 @@ bench: $(VENV)/.developing
 peers:
 	@$(if $(PEERS),,$(error say where: make peers PEERS=dir))
 	PYTHON=$(PYTHON) benchmarks/peers.sh $(PEERS)
+
+# Faults, crowds and a soak of SOAK minutes, with all their numbers in docs/reliability.md. As root it tries more (networks, a full disk).
+SOAK ?= 20
+chaos: $(VENV)/.developing
+	$(BIN)/python -m benchmarks.chaos --report docs/reliability.md
+	$(BIN)/python -m benchmarks.chaos.crowd --soak $(SOAK) --report docs/reliability.md
 
 clean:
 	rm -rf $(VENV) $(VLLM) .dynamo .pytest_cache .ruff_cache .hypothesis
