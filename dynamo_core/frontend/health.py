@@ -24,7 +24,10 @@ async def ready(service: Service, request: Request) -> Response:
 
 
 async def health(service: Service, request: Request) -> Response:
-    """Details for people and dashboards. 503 when unready or draining; `degraded` (a problem is known, requests are served) is 200."""
+    """Details for people and dashboards. 503 when unready or draining; `degraded` (a problem is known, requests are served) is 200.
+
+    The public address of a frontend that has another one for operators says only how well it is.
+    """
     fleet = service.catalog.status()
     missing = service.catalog.not_ready()
     problems: dict[str, str] = dict(fleet.get("problems") or {})
@@ -36,5 +39,7 @@ async def health(service: Service, request: Request) -> Response:
         status = "unready"
     else:
         status = "degraded" if problems else "healthy"
+    if service.config.admin is not None and not request.scope.get("admin"):
+        fleet, problems = {}, dict.fromkeys(problems, "see the operators' address")
     content = {**fleet, "status": status, "problems": problems, "requests_in_progress": len(service.in_progress)}
     return reply(content, 503 if status in ("draining", "unready") else 200)

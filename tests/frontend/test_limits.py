@@ -149,4 +149,9 @@ async def test_metrics_and_debug_move_to_the_operators_address(start):
             assert operators.get(path).status_code == 401
             assert operators.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
             assert operators.get(path, headers={"authorization": "Bearer s3cret"}).status_code == 200
-        assert operators.get("/health").status_code == 200
+        assert "models" in operators.get("/health").json()
+        site.catalog.problems["discovery"] = "10.1.2.3 does not answer"
+        public = await site.client.get("/health")
+        assert public.json()["problems"] == {"discovery": "see the operators' address"}
+        assert "10.1.2.3" not in public.text
+        assert "models" not in public.json()
