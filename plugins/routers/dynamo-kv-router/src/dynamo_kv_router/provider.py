@@ -70,7 +70,7 @@ class KvIndex:
     _sources: dict[Worker, Source] = attrs.field(init=False, repr=False, factory=dict[Worker, Source])
     _rooms: dict[Worker, int] = attrs.field(init=False, repr=False, factory=dict[Worker, int])
     _chains: dict[Worker, Chains] = attrs.field(init=False, repr=False, factory=dict[Worker, Chains])
-    _last: tuple[Sequence[int], str | None, str | None, Keys] | None = attrs.field(init=False, repr=False, default=None)
+    _last: tuple[Sequence[int], tuple[Any, ...], Keys] | None = attrs.field(init=False, repr=False, default=None)
     _still: dict[Fact[Any], Sequence[Any]] = attrs.field(init=False, repr=False, factory=dict[Fact[Any], Sequence[Any]])
     """Columns that stay as they are until a worker comes, goes, or changes its state."""
     _still_for: Sequence[Worker] | None = attrs.field(init=False, repr=False, default=None)
@@ -127,13 +127,13 @@ class KvIndex:
 
     def keys(self, request: RoutingRequest) -> Keys:
         """The keys of the prompt's full blocks; those of the last prompt asked for are kept."""
-        last = self._last
-        if last is not None and last[0] is request.token_ids and last[1] == request.adapter and last[2] == request.cache_salt:
-            return last[3]
+        last, what = self._last, (request.adapter, request.cache_salt, request.media)
+        if last is not None and last[0] is request.token_ids and last[1] == what:
+            return last[2]
         root = self.hasher.root(request.adapter, request.cache_salt)
         content = content_of(request.media, self.hasher.block_size) if request.media else ()
         keys = self.hasher.keys(request.token_ids, root, content)
-        self._last = (request.token_ids, request.adapter, request.cache_salt, keys)
+        self._last = (request.token_ids, what, keys)
         return keys
 
     def columns(self, request: RoutingRequest, workers: Sequence[Worker]) -> Columns:
