@@ -171,6 +171,8 @@ class NatsDiscovery(NatsOptions):
     async def put(self, key: str, value: bytes, lease: Lease | None = None) -> None:
         check_key(key)
         check_value(key, value)
+        if lease is not None and (lease.lost.is_set() or (isinstance(lease, NatsLease) and lease.revoked)):
+            raise LeaseLost(f"lease {lease.id:x} is gone, so {key!r} was not written under it")
         sequence = await self._write(f"k.{token(key)}.{lease.id if lease else 0:x}", bytes(value))
         await self._reach(sequence)
         if lease is not None and lease.id not in self._ledger.leases:
@@ -205,9 +207,11 @@ class NatsDiscovery(NatsOptions):
             self._watchers.discard(watcher)
 
     def problem(self) -> str | None:
-        if self._connection is None or (problem := self._connection.problem()) is not None:
-            return self._connection and self._connection.problem()
-        return problem if self._ledger.complete else f"the stream {self._stream.name} has not been read to its end"
+        if self._connection is None:
+            return None
+        if not self._connection.up:
+            return self._connection.problem()
+        return None if self._ledger.complete else f"the stream {self._stream.name} has not been read to its end"
 
     # ------------------------------------------------------------------ leases
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+import random
+from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Callable
 
 import attrs
@@ -22,7 +23,7 @@ import msgspec
 
 from dynamo_core.discovery.contract import Delete, Put
 
-_GARBAGE = 60.0
+GARBAGE = 60.0
 """Seconds after which messages that mean nothing any more are removed. Who reads the stream anew meanwhile understands them."""
 
 
@@ -69,6 +70,10 @@ class Ledger:
         self._ended = ended
         self._reading: _Reading | None = None
         self._garbage: list[tuple[float, int, str, int]] = []
+        self._barriers: dict[str, tuple[int, float]] = {}
+        """Numbers and when we read them, the oldest first. There is one for each process."""
+        self._patience = GARBAGE * (1 + random.random())
+        """Everybody removes the same things: not at the same moment."""
         self._numbers = itertools.count()
         self._loop = asyncio.get_running_loop()
 
@@ -89,9 +94,10 @@ class Ledger:
             if lease is not None and lease not in leases and record.sequence > reading.leases.get(lease, (0, None))[0]:
                 self._drop(record.tokens, record.sequence)  # written behind the end of its lease
                 continue
-            before = newest.get(record.put.key)
-            if before is None or before.sequence < record.sequence:
-                newest[record.put.key] = record
+            before = newest.setdefault(record.put.key, record)
+            if before is not record:
+                older, newest[record.put.key] = sorted((before, record), key=lambda either: either.sequence)
+                self._drop_superseded(older)
         for lease, (sequence, ttl) in reading.leases.items():
             if ttl is None:
                 self._drop_lease(lease, sequence)
@@ -126,7 +132,8 @@ class Ledger:
             else:
                 self._lease(int(rest, 16), ttl, sequence)
         elif kind == "b":
-            self._drop(tokens, sequence)
+            self._barriers.pop(tokens, None)
+            self._barriers[tokens] = sequence, self._loop.time()
 
     def _put(self, record: Record) -> None:
         lease = record.put.lease
@@ -135,7 +142,7 @@ class Ledger:
             return
         before = self.records.get(record.put.key)
         if before is not None and before.tokens != record.tokens:
-            self._drop(before.tokens, before.sequence)
+            self._drop_superseded(before)
         self.records[record.put.key] = record
         self._changed(record.put)
 
@@ -171,19 +178,28 @@ class Ledger:
         while self._garbage and self._garbage[0][0] <= self._loop.time():
             _, _, tokens, sequence = heapq.heappop(self._garbage)
             due.append((tokens, sequence))
+        for tokens, (sequence, read) in list(self._barriers.items()):
+            if self._loop.time() - read < 10 * self._patience:
+                break
+            del self._barriers[tokens]
+            due.append((tokens, sequence))
         return due
 
-    def _drop(self, tokens: str, sequence: int, delay: float = _GARBAGE) -> None:
-        heapq.heappush(self._garbage, (self._loop.time() + delay, next(self._numbers), tokens, sequence))
+    def _drop(self, tokens: str, sequence: int, delay: float = 1.0) -> None:
+        heapq.heappush(self._garbage, (self._loop.time() + delay * self._patience, next(self._numbers), tokens, sequence))
+
+    def _drop_superseded(self, record: Record) -> None:
+        """At once: should the message that stands for it now be replaced by one that does not count, this one would seem to count again."""
+        self._drop(record.tokens, record.sequence, 0.0)
 
     def _drop_lease(self, lease: int, sequence: int) -> None:
         """First the records, and only later the message that says why they do not count."""
         self._drop(f"k.*.{lease:x}", sequence)
-        self._drop(f"l.{lease:x}", sequence, 2 * _GARBAGE)
+        self._drop(f"l.{lease:x}", sequence, 2.0)
 
     def _drop_key(self, key: str, sequence: int) -> None:
         self._drop(f"k.{token(key)}.*", sequence)
-        self._drop(f"d.{token(key)}", sequence, 2 * _GARBAGE)
+        self._drop(f"d.{token(key)}", sequence, 2.0)
 
 
 def token(key: str) -> str:
@@ -192,4 +208,5 @@ def token(key: str) -> str:
 
 
 def _key(token: str) -> str:
-    return urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
+    """:raises ValueError: it is none."""
+    return b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode("ascii")
