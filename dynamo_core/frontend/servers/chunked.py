@@ -57,7 +57,7 @@ class _Answer:
             await self._collected(message)
         if kind == "http.response.start":
             # Without a length, h11 frames the body of a 1.1 response in chunks.
-            self._chunked = message["status"] == 200 and not any(name == b"content-length" for name, _ in message["headers"])
+            self._chunked = message["status"] == 200 and not any(name == b"content-length" for name, _ in message.get("headers", ()))
             asyncio.get_running_loop().call_soon(self._write)  # a body that is late does not hold the head back
             return
         self._write()
