@@ -7,6 +7,7 @@ import contextlib
 import random
 import shutil
 import signal
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -180,9 +181,11 @@ async def slow_readers(stage: Stage, dice: random.Random, harm: Harm) -> None:
 
 def _clock(seconds: int) -> Callable[[Stage, random.Random, Harm], Awaitable[None]]:
     async def run(stage: Stage, dice: random.Random, harm: Harm) -> None:
-        (stage.folder / "clock").write_text(f"{seconds:+d}\n")
-        await asyncio.sleep(15.0)
-        (stage.folder / "clock").write_text("+0\n")
+        for moved in (seconds, 0):
+            with (stage.folder / "clock").open("r+b") as clock:
+                clock.write(struct.pack("q", moved))
+            if moved:
+                await asyncio.sleep(15.0)
 
     return run
 
