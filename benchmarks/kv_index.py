@@ -158,7 +158,7 @@ def memory(total: int, copies: int) -> None:
 
 
 def grow(total: int, copies: int) -> None:
-    rng, index, workers = np.random.default_rng(1), Index(limit=2 * total, shards=512 if total <= 2_000_000 else 4096), [Worker(i) for i in range(64)]
+    rng, index, workers = np.random.default_rng(1), Index(limit=max(8_000_000, 2 * total)), [Worker(i) for i in range(64)]
     for worker in workers:
         index.join(worker)
     gc.collect()

@@ -116,6 +116,6 @@ def test_what_it_says_to_hold_is_what_the_index_has(seed: int):
 
 
 def held(index: Index) -> int:
-    shards = index._store[SENT]._shards  # pyright: ignore[reportPrivateUsage]
+    shards = index._store[SENT]._shards if SENT in index._store else []  # pyright: ignore[reportPrivateUsage]
     live = index._live  # pyright: ignore[reportPrivateUsage]
     return sum((mask & live).bit_count() for shard in shards for mask in shard.values())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice, repeat
-from operator import call, itemgetter
+from operator import call, itemgetter, or_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,11 +95,11 @@ class Store:
                     self.forgotten += 1
 
 
-def _each(methods: Sequence[Callable[[int, int], int]], shards: Sequence[int], names: Sequence[int], bit: int) -> list[int]:
-    """`methods[shard](name, bit)` of every name, without a loop in Python."""
+def _each(methods: Sequence[Callable[[int, int], int]], shards: Sequence[int], names: Sequence[int], mask: int) -> list[int]:
+    """`methods[shard](name, mask)` of every name, without a loop in Python."""
     if len(names) < 2:
-        return [methods[shard](name, bit) for shard, name in zip(shards, names, strict=True)]
-    return list(map(call, itemgetter(*shards)(methods), names, repeat(bit)))  # pyright: ignore[reportArgumentType]
+        return [methods[shard](name, mask) for shard, name in zip(shards, names, strict=True)]
+    return list(map(call, itemgetter(*shards)(methods), names, repeat(mask)))  # pyright: ignore[reportArgumentType]
 
 
 class Match:
@@ -121,12 +121,14 @@ class Match:
 class Index:
     """Bounded: `limit` keys a level (about 90 bytes each); beyond it the oldest are forgotten, so that overlaps are under-, never overstated."""
 
-    def __init__(self, limit: int = 8_000_000, shards: int = 512) -> None:
-        """:param shards: a power of two."""
-        if shards < 1 or shards & (shards - 1):
-            raise ValueError(f"the number of shards must be a power of two, not {shards}")
-        self._store = [Store(shards, max(1, limit // shards)) for _ in range(SENT + 1)]
+    def __init__(self, limit: int = 8_000_000, shards: int | None = None) -> None:
+        """:param shards: a power of two; by default as many as keep each below 16,384 keys."""
+        shards = 1 << (limit // 16384).bit_length() if shards is None else shards
+        if not 1 <= shards <= 2**16 or shards & (shards - 1):
+            raise ValueError(f"the number of shards must be a power of two, at most 65536, not {shards}")
+        self._limit = limit
         self._shards = shards
+        self._store: dict[int, Store] = {0: Store(shards, max(1, limit // shards))}
         self._slots: dict[Worker, int] = {}
         self._free: list[int] = []
         self._used = 0
@@ -137,19 +139,19 @@ class Index:
         self._late = 0
         """Slots that left while the present sweep was under way: they wait for the next one."""
         self._swept = 0
-        self._levels = [0]
+        self._levels: Sequence[int] = [0]
         """Levels that hold something."""
         self._rows: NDArray[np.intp] = np.empty(0, np.intp)
         self._rows_of: Sequence[Worker] | None = None
 
     def __len__(self) -> int:
         """Keys in all levels together."""
-        return sum(map(len, self._store))
+        return sum(map(len, self._store.values()))
 
     @property
     def forgotten(self) -> int:
         """Keys dropped for want of room, ever."""
-        return sum(store.forgotten for store in self._store)
+        return sum(store.forgotten for store in self._store.values())
 
     # -------------------------------------------------------------- workers
 
@@ -207,16 +209,16 @@ class Index:
 
     def add(self, worker: Worker, keys: Keys, level: int = 0) -> None:
         if (slot := self._slots.get(worker)) is not None:
-            store = self._store[level]
+            if (store := self._store.get(level)) is None:
+                store = self._store[level] = Store(self._shards, max(1, self._limit // self._shards))
+                self._levels = sorted(self._store)
             store.add(keys, 1 << slot)
             store.keep_room(len(keys))
-            if level not in self._levels:
-                self._levels = sorted([*self._levels, level])
             self.tidy()
 
     def remove(self, worker: Worker, keys: Keys, level: int = 0) -> None:
-        if (slot := self._slots.get(worker)) is not None:
-            self._store[level].remove(keys, 1 << slot)
+        if (slot := self._slots.get(worker)) is not None and (store := self._store.get(level)) is not None:
+            store.remove(keys, 1 << slot)
             self.tidy()
 
     def apply(self, worker: Worker, change: Change) -> None:
@@ -317,9 +319,9 @@ def _walk(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], shard
     """The groups of what is left of a chain, block by block."""
     names = keys.tolist()
     places: list[int] = (keys >> np.uint64(_shift(shards)) & np.uint64(shards)).tolist()
-    masks = [gets[0][place](name, 0) for place, name in zip(places, names, strict=True)]
+    masks = _each(gets[0], places, names, 0)
     for get in gets[1:]:
-        masks = [mask | get[place](name, 0) for mask, place, name in zip(masks, places, names, strict=True)]
+        masks = list(map(or_, masks, _each(get, places, names, 0)))
     groups: list[Group] = []
     for i, mask in enumerate(masks):
         if mask & here != here:
