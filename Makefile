@@ -11,7 +11,7 @@ STACK_vllm     := samples/quickstart-vllm.toml
 VLLM   := .venv-vllm
 SMOLLM := .cache/models/smollm2/config.json
 
-.PHONY: demo test quick slow slow-vllm lint bench peers chaos clean
+.PHONY: demo test quick slow slow-vllm lint bench peers chaos servers clean
 .DEFAULT_GOAL := demo
 
 # The stamp follows every pyproject.toml: a change of dependencies installs again.
@@ -51,10 +51,10 @@ endif
 
 test: lint quick slow slow-vllm
 
-quick: $(VENV)/.developing
+quick: servers $(VENV)/.developing
 	$(BIN)/python -m pytest -q -m "not slow" -n 4
 
-slow: $(VENV)/.developing
+slow: servers $(VENV)/.developing
 	$(BIN)/python -m pytest -q -m slow
 
 slow-vllm: $(VLLM)/.installed
@@ -78,6 +78,15 @@ SOAK ?= 20
 chaos: $(VENV)/.developing
 	$(BIN)/python -m benchmarks.chaos --report docs/reliability.md
 	$(BIN)/python -m benchmarks.chaos.crowd --soak $(SOAK) --report docs/reliability.md
+
+# The real etcd and NATS that the tests of those planes start on free ports. Their own services stay off.
+SERVERS := etcd-server nats-server
+servers:
+	@PATH="$$PATH:/usr/sbin"; if command -v etcd >/dev/null && command -v nats-server >/dev/null; then exit 0; fi; \
+	  command -v apt-get >/dev/null || { echo "the tests need etcd and nats-server in PATH; install them with the tools of your system"; exit 1; }; \
+	  test "$$(id -u)" = 0 || { echo "the tests need etcd and nats-server: sudo apt-get install $(SERVERS)"; exit 1; }; \
+	  echo "installing $(SERVERS)"; apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq -y --no-install-recommends $(SERVERS) >/dev/null
 
 clean:
 	rm -rf $(VENV) $(VLLM) .dynamo .pytest_cache .ruff_cache .hypothesis

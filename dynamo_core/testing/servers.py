@@ -25,19 +25,26 @@ import attrs
 
 PATIENCE = 30.0
 """Seconds after which a server that does not answer has failed to start."""
-_taken: set[int] = set()
+_reserved: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port that nobody listens on, outside the range from which outgoing connections take theirs: it stays free while a server is down."""
+    """A port that nobody listens on, outside the range from which outgoing connections take theirs: it stays free while a server is down.
+
+    Other test processes stay away from it as long as this one lives: the UDP port of that number is the mark.
+    """
     while True:
         port = random.randrange(15000, 32000)
-        if port in _taken:
+        mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            mark.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            mark.close()
             continue
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            _taken.add(port)
-            return port
+        _reserved.append(mark)
+        return port
 
 
 def binary(name: str, package: str) -> str:

@@ -57,7 +57,7 @@ class NatsLease:
         if not self.revoked and not self.lost.is_set():
             self.revoked = True
             self._keeper.cancel()
-            await self._store.end(self)
+            await self._store.end(self, self._sequence)
 
     def abandon(self) -> None:
         """Stop keeping the lease alive, as a crash would: it expires after `ttl`."""
@@ -232,9 +232,15 @@ class NatsDiscovery(NatsOptions):
                 raise LeaseLost(f"lease {lease.id:x} is gone") from None
             return state.sequence  # it was our own heartbeat, whose answer was lost
 
-    async def end(self, lease: NatsLease) -> None:
+    async def end(self, lease: NatsLease, sequence: int) -> None:
+        """A lease ends once: its end says which records count, and must not move."""
         self._leases.pop(lease.id, None)
-        await self._reach(await self._write(f"l.{lease.id:x}", b""))
+        try:
+            await self._reach(await self._write(f"l.{lease.id:x}", b"", after=sequence))
+        except _Overtaken:
+            await self._sync()
+            if (state := self._ledger.leases.get(lease.id)) is not None:  # by our own heartbeat, whose answer was lost
+                await self.end(lease, state.sequence)
 
     async def _look(self) -> None:
         """End leases that ran out, and sweep."""
