@@ -7,12 +7,12 @@ import logging
 from array import array
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from attrs import validators as v
 
-from dynamo_core.cards import Artifact, ModelCard
+from dynamo_core.cards import Artifact, ModelCard, Role
 from dynamo_core.context import Context
 from dynamo_core.engines import EngineContext, admit
 from dynamo_core.errors import DynamoError, EngineDead
@@ -84,6 +84,9 @@ class SimEngine:
     speedup: float = attrs.field(default=1.0, validator=v.ge(0))
     pace_ms: float | None = attrs.field(default=None, validator=[v.optional(v.gt(0)), _only_timing])
     linear: Linear | None = None
+    role: str = attrs.field(default="aggregated", validator=v.in_(["aggregated", "prefill", "decode"]))
+    transfer_ms: float = attrs.field(default=2.0, validator=v.ge(0))
+    transfer_us_per_token: float = attrs.field(default=5.0, validator=v.ge(0))
     startup_time: float = attrs.field(default=0.0, validator=v.ge(0))
     kv_events: bool = True
 
@@ -108,6 +111,8 @@ class SimEngine:
         self._scheduler = Scheduler(limits, self._timing(), words.answers)
         self._card = card = ModelCard(
             name=self.model,
+            role=cast("Role", self.role),
+            needs=(("prefill",),) if self.role == "decode" else (("decode",),) if self.role == "prefill" else (),
             context_length=self.context_length,
             vocab_size=words.size,
             eos_token_ids=words.eos_token_ids,
@@ -133,6 +138,7 @@ class SimEngine:
         if self._card is None:
             raise EngineDead("the simulated engine is not running")
         limit = admit(request, self._card)
+        await self._fetch(request)
         stream = _Stream()
         sequences = [self._sequence(request, index, limit, stream) for index in range(request.sampling.n)]
         for sequence in sequences:
@@ -152,6 +158,8 @@ class SimEngine:
                 for output in outputs:
                     if output.finish_reason is not None:
                         unfinished -= 1
+                        if self.role == "prefill":
+                            output.transfer = {"tokens": len(request.token_ids)}
                     yield output
         finally:
             self._streams.discard(stream)
@@ -185,6 +193,13 @@ class SimEngine:
 
     # ------------------------------------------------------------------ one request
 
+    async def _fetch(self, request: Request) -> None:
+        """Let the time pass that the blocks of a prompt take from one worker to another."""
+        if request.transfer is not None and self.speedup:
+            await asyncio.sleep((self.transfer_ms + self.transfer_us_per_token * len(request.token_ids) / 1000) / 1000 / self.speedup)
+        if self._card is None:
+            raise EngineDead("the simulated engine was stopped")
+
     def _sequence(self, request: Request, index: int, limit: int, stream: _Stream) -> Sequence:
         sampling, stops = request.sampling, request.stops
         chance = (sampling.seed if sampling.seed is not None else request.id, index) if sampling.temperature else ()
@@ -201,6 +216,7 @@ class SimEngine:
             eos=eos,
             stop_ids=frozenset(stops.stop_token_ids),
             stop_after=stops.min_tokens,
+            fetched=len(request.token_ids) - 1 if request.transfer is not None else 0,
             adapter=request.adapter,
             cache_salt=request.cache_salt,
             index=index,

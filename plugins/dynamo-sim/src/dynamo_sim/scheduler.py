@@ -49,6 +49,8 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     stop_after: int = 0
     """Tokens to generate before stop ids count."""
+    fetched: int = 0
+    """Prompt tokens whose blocks came from another worker; preempted, it computes them like anybody."""
     adapter: str | None = None
     cache_salt: str | None = None
     index: int = 0
@@ -195,17 +197,18 @@ class Scheduler:
         while self._waiting and budget and len(self._running) < self.limits.max_sequences:
             sequence = self._waiting[0]
             held = self.pool.hold(sequence.hashes, (len(sequence) - 1) // size)  # the last token is always computed: its output is needed
-            missing = len(sequence) - held * size
+            fetched = 0 if sequence.preemptions else max(0, sequence.fetched - held * size)
+            missing = len(sequence) - held * size - fetched
             count = min(missing, budget)
-            blocks = -(-count // size)
+            blocks = -(-(fetched + count) // size)
             if (count < missing and not self.limits.chunked_prefill) or not self.pool.take(blocks):
                 self.pool.release(sequence.hashes[:held], 0)
                 return
             self._waiting.popleft()
             if not sequence.preemptions:
                 sequence.cached_tokens = held * size
-            sequence.held, sequence.private, sequence.computed = held, blocks, held * size
-            sequence.room = blocks * size - count
+            sequence.held, sequence.private, sequence.computed = held, blocks, held * size + fetched
+            sequence.room = blocks * size - fetched - count
             sequence.place = "prefill"
             self._running.append(sequence)
             chunks.append((sequence, count))

@@ -80,7 +80,9 @@ def chats(requests: int, *, rate: float = 3.0, turns: float = 5, first: float = 
     return build(lines[:requests], name="chats")
 
 
-def agents(requests: int, *, rate: float = 3.0, kinds: int = 8, steps: float = 12, head: float = 6000, result: float = 900, output: float = 120, seed: int = 0) -> Trace:
+def agents(
+    requests: int, *, rate: float = 3.0, kinds: int = 8, steps: float = 12, head: float = 6000, result: float = 900, output: float = 120, seed: int = 0
+) -> Trace:
     """Programs that call a model in a loop: a long head shared by all agents of a kind, then a tool result after each short answer.
 
     A step begins when the one before it has ended and its tool has run, so that a slow fleet is asked less.

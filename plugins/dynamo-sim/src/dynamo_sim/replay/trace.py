@@ -59,14 +59,16 @@ class Trace:
         return len(self.prompt)
 
     def keys(self, i: int, block_size: int) -> NDArray[np.uint64]:
-        """Keys of the full engine blocks of request i: hash bits where dictionaries look first, and the depth in the last two bytes."""
+        """Keys of the full engine blocks of request i. A key stands for the block and all before it, whatever the ids promise."""
         per = self.block // block_size
         count = int(self.prompt[i]) // block_size
         ids = self.ids[self.start[i] : self.start[i] + -(-count // per)].astype(np.uint64)
         names = (ids[:, None] * np.uint64(per) + np.arange(1, per + 1, dtype=np.uint64)).ravel()[:count]
-        mixed = names * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-        return ((mixed & ~np.uint64(0xFFFF)) | np.arange(1, count + 1, dtype=np.uint64) & np.uint64(0xFFFF)).byteswap()
+        # Two rounds of splitmix64, so that sums of names that follow each other have nothing in common.
+        names = names * np.uint64(0x9E3779B97F4A7C15)
+        names = (names ^ (names >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        names = (names ^ (names >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.cumsum(names ^ (names >> np.uint64(31)), dtype=np.uint64)
 
     def head(self, count: int) -> Trace:
         """The first `count` requests."""
@@ -174,8 +176,8 @@ def _wrong(line: Line, block: int) -> str:
         return "there is neither a timestamp nor a session_id"
     if not _is_time(line.timestamp) or not _is_time(line.delay):
         return "timestamp and delay are milliseconds, 0 or more"
-    full, blocks = line.input_length // block, -(-line.input_length // block)
-    if not full <= len(line.hash_ids) <= blocks:
+    blocks = -(-line.input_length // block)
+    if len(line.hash_ids) != blocks:
         return f"{line.input_length} tokens are {blocks} blocks of {block}, and there are {len(line.hash_ids)} hash_ids (see --trace-block-size)"
     if line.hash_ids and not 0 <= min(line.hash_ids) <= max(line.hash_ids) < 2**48:
         return "hash_ids are whole numbers from 0 to 2**48"
