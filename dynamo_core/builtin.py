@@ -69,6 +69,7 @@ def dynamo_register(registry: Registry) -> None:
         ("config reference", "print the reference of all settings, as Markdown"),
         ("config schema", "print a JSON schema of the configuration, for editors"),
         ("explain", "say why a request went to the worker it went to"),
+        ("replay decisions", "decide recorded requests again by another stack, and list what changes"),
         ("replay", "replay a request trace in virtual time, or recorded decisions against another stack"),
         ("keys new", "make an API key"),
         ("keys list", "list API keys"),

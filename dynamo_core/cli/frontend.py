@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from dynamo_core.cli.options import ConfigFile, Overrides
 from dynamo_core.cli.supervisor import Child, Supervisor
-from dynamo_core.config import load_with_plugins
+from dynamo_core.config import load, load_with_plugins
 from dynamo_core.config.schema import Config
 from dynamo_core.frontend.servers.sockets import reserved_port
 
@@ -34,7 +34,7 @@ def frontend(
     if config.frontend.processes > 1 and not single:
         arguments = ["frontend", *([str(file)] if file else []), *(f"--set={override}" for override in overrides), "--single"]
         return run_role(lambda stop: _several(config, arguments, stop))
-    return run_role(lambda stop: serve_frontend(config, plugins, stop))
+    return run_role(lambda stop: serve_frontend(config, plugins, stop, lambda: load(file, overrides=overrides, plugins=plugins)))
 
 
 async def _several(config: Config, arguments: list[str], stop: asyncio.Event) -> int:

@@ -245,6 +245,16 @@ class Router:
     """Of ties and chance: the same seed and the same requests give the same decisions."""
     decisions: int = attrs.field(default=4096, validator=v.ge(0))
     """How many decision records to keep."""
+    record: Path | None = None
+    """Write every decision to this file, as JSON lines without prompts, for `dynamo replay`."""
+    record_bytes: int = attrs.field(default=64 * 2**20, validator=v.ge(4096))
+    """Size at which the file is put aside as `.1`; two are kept."""
+    shadow: Router | None = None
+    """A stack that decides along and is only compared; its queue, shadow and role tables mean nothing."""
+    shadow_share: float = attrs.field(default=1.0, validator=[v.ge(0), v.le(1)])
+    """Share of the decisions that it sees."""
+    shadow_budget: float = attrs.field(default=0.01, validator=[v.gt(0), v.le(1)])
+    """Share of a CPU that it may use; beyond it, it is stopped."""
     prefill: Router | None = None
     """For prefill workers, instead of this table."""
     decode: Router | None = None
@@ -261,6 +271,16 @@ class Migration:
     """Seconds to wait for a replacement when no other worker is there."""
     inhibit: float = _positive(5.0)
     """Seconds for which a worker that failed a request is avoided."""
+
+
+@attrs.frozen
+class Disaggregation:
+    """For models that have prefill and decode workers."""
+
+    fallback: bool = True
+    """Decode workers read a prompt themselves when no prefill worker can; otherwise the request fails."""
+    min_prompt: int = attrs.field(default=0, validator=v.ge(0))
+    """Prompts with fewer tokens than this outside the decode worker's cache stay there: handing them over costs more than computing them."""
 
 
 @attrs.frozen
@@ -309,6 +329,8 @@ class Config:
     """Wrappers around every request, between the API and the router, the first one outermost: guardrails, audit, tenancy."""
     migration: Migration = attrs.field(factory=Migration)
     """What happens when a worker is lost."""
+    disaggregation: Disaggregation = attrs.field(factory=Disaggregation)
+    """How prompts travel between prefill and decode workers."""
     workers: tuple[Worker, ...] = ()
     """The engines that `dynamo up` starts."""
     status: Status = attrs.field(factory=Status)

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncGenerator
+import signal
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -32,8 +33,11 @@ _MEET = 10.0
 """Seconds that a replica waits for its fleet before it shares the port."""
 
 
-async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) -> int:
-    """Serve until `stop` is set, then drain: discovery stays up until the last stream has ended."""
+async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, again: Callable[[], Config] | None = None) -> int:
+    """Serve until `stop` is set, then drain: discovery stays up until the last stream has ended.
+
+    :param again: reads the configuration anew; SIGHUP has the routing stacks follow it.
+    """
     settings = config.frontend
     server: Any = build(settings.http_server, "http_server", plugins)
     tracing.setup("dynamo-frontend", config.observability.otlp_endpoint, config.observability.trace_ratio)
@@ -59,6 +63,8 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
             registered: list[asyncio.Task[None]] = []
             if settings.host not in ("127.0.0.1", "localhost", "::1") and settings.authenticator is None:
                 log.warning("listening beyond this machine (%s) without authentication: anybody who reaches it can use it", settings.host)
+            if again is not None:
+                _follow_sighup(config, catalog, again)
             leaving = asyncio.create_task(_leave(stop, app, runtime), name="leave")
             try:
                 async with _admin(config, app.admin, runtime):
@@ -77,6 +83,21 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event) 
         return 0
     finally:
         tracing.shutdown()
+
+
+def _follow_sighup(config: Config, catalog: FleetCatalog, again: Callable[[], Config]) -> None:
+    def reload() -> None:
+        try:
+            done = catalog.stacks.reload(again(), config)
+        except ConfigError as e:
+            log.error("the configuration cannot be used, the one in use stays: %s", e)
+            return
+        log.info("routing by configuration %d%s", done.generation, "" if done.changed else ", which has not changed")
+        if done.needs_restart:
+            log.warning("these settings have changed and need a restart: %s", ", ".join(done.needs_restart))
+
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # no signals on this platform, or not in this thread
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 async def _leave(stop: asyncio.Event, app: App, runtime: Runtime) -> None:

@@ -26,14 +26,14 @@ from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
 from dynamo_core.pipeline.model import Member, ServedModel
-from dynamo_core.pipeline.observers import Watcher, tell
+from dynamo_core.pipeline.observers import tell
 from dynamo_core.pipeline.partings import Partings
+from dynamo_core.pipeline.stacks import Stacks
 from dynamo_core.pipeline.surroundings import Attachments
 from dynamo_core.pipeline.waiting import QueueMetrics
 from dynamo_core.preprocess.text import TextPreprocessor
 from dynamo_core.routing.ring import Ring
 from dynamo_core.routing.router import Router
-from dynamo_core.routing.stack import build_stack
 from dynamo_core.runtime import names
 from dynamo_core.runtime.fleet import FleetWatch
 from dynamo_core.runtime.runtime import Runtime
@@ -74,7 +74,7 @@ class FleetCatalog:
         self._attachments = Attachments(runtime, registry)
         self._ring = Ring(self._config.router.decisions)
         self._around: list[Around] = [build(use, "preprocessor", runtime.plugins) for use in self._config.around]
-        build_stack(self._config.router, runtime.plugins)  # a stack that cannot start must not wait for its first worker to say so
+        self.stacks = Stacks(self._config.router, runtime.plugins, self._ring, alone=self._config.frontend.processes == 1)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -94,6 +94,7 @@ class FleetCatalog:
             await catalog._partings.close()
             await catalog._attachments.close()
             await catalog._feeds.close()
+            catalog.stacks.close()
 
     # -------------------------------------------------------------- what the frontend asks
 
@@ -142,6 +143,7 @@ class FleetCatalog:
             "models": {name: model.status() for name, model in sorted(self._models.items())},
             "problems": self.problems(),
             "request_plane": self._config.request_plane.name, "event_plane": self._config.event_plane.name, "discovery": self._config.discovery.name,
+            "router": self.stacks.status(),
             "stacks": {f"{name}/{role}": dispatcher.router.stack.describe() for name, model in sorted(self._models.items()) for role, dispatcher in model.dispatchers.items()},
         }
 
@@ -232,14 +234,15 @@ class FleetCatalog:
         preprocessor = await asyncio.to_thread(TextPreprocessor, card, content)
         metrics = PipelineMetrics(self._families, card.name)
 
-        def dispatcher(role: Role) -> Dispatcher:
-            stack = build_stack(self._config.router, self._runtime.plugins, role=role)
-            router = Router(card.name, stack, role=role, seed=self._config.router.seed, ring=self._ring, observer=Watcher(metrics, self._runtime.plugins))
+        def follow(router: Router) -> None:
             self._feeds.add(router, instance.component)
             self._attachments.follow(router, instance.component)
+
+        def dispatcher(role: Role) -> Dispatcher:
+            router = self.stacks.router(card.name, role, metrics, follow)
             return Dispatcher(router, self._runtime.channels, self._config.migration.inhibit, QueueMetrics(self._families.queue, card.name))
 
-        return ServedModel(card, preprocessor, dispatcher, self._config.migration, metrics, self._around)
+        return ServedModel(card, preprocessor, dispatcher, self._config.migration, metrics, self._around, self._config.disaggregation)
 
     async def _prove(self, instance: Instance) -> None:
         endpoint = f"{instance.namespace}.{instance.component}.{names.PROBE}"

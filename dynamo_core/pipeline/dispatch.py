@@ -44,6 +44,7 @@ class Leg:
         """Keep the bookings true: at the first token, and at each block boundary after it."""
         if not self._tokens:
             self._router.first_token(self.request_id, self.worker, cached_tokens)
+            self._router.observer.found(self.decision, cached_tokens)
         self._tokens += tokens
         if self._tokens - self._grown >= self._block_size:
             self._grown = self._tokens
@@ -131,7 +132,7 @@ class Dispatcher:
         """Avoid a worker that broke a stream, for as long as the kind of break deserves."""
         match error:
             case WorkerOverloaded():
-                self.router.inhibit(worker, OVERLOAD_PAUSE, "it said that it is at capacity")
+                self.router.inhibit(worker, OVERLOAD_PAUSE, "it said that it is at capacity", busy=True)
             case WorkerDraining():
                 self.router.inhibit(worker, self._inhibit_seconds, "it is leaving")
             case CannotConnect() | Disconnected() | StreamTimeout() | EngineDead():

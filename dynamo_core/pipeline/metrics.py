@@ -29,6 +29,12 @@ class PipelineMetrics:
     def decided(self, seconds: float) -> None:
         self._decision_seconds.observe(seconds)
 
+    def regret(self, cause: str, tokens: int) -> None:
+        self._families.regret.labels(model=self._model, cause=cause).inc(tokens)
+
+    def shadowed(self, verdict: str) -> None:
+        self._families.shadowed.labels(model=self._model, verdict=verdict).inc()
+
     def fault(self, policy: str) -> None:
         self._families.faults.labels(policy=policy).inc()
 
@@ -44,5 +50,9 @@ class PipelineFamilies:
         self.workers = Gauge("dynamo_frontend_workers", "Workers by state: registered, or ready to serve.", ["model", "state"], registry=registry)
         self.faults = Counter("dynamo_router_policy_faults", "Decisions for which a policy was skipped because it broke its contract.", ["policy"], registry=registry)
         self.queue = QueueFamilies(registry)
+        self.regret = Counter("dynamo_router_regret_tokens", "Cached prompt tokens that were passed by, or believed in and not there, by cause.",
+                              ["model", "cause"], registry=registry)
+        self.shadowed = Counter("dynamo_router_shadow_decisions", "Decisions of the shadow stack: same as the live one, other, nobody, failed.",
+                                ["model", "verdict"], registry=registry)
         self.decision_seconds = Histogram("dynamo_router_decision_seconds", "Time to decide, record included.", ["model"],
                                           buckets=(.00001, .00002, .00005, .0001, .0002, .0005, .001, .002, .005, .01, .1), registry=registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,11 @@ from typing import Any
 
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.plugins import Plugins
+from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.routing.record import Decision
+from dynamo_core.routing.recorder import Recorder
+from dynamo_core.routing.regret import regret_of, stale_tokens
+from dynamo_core.routing.shadow import Shadow
 
 log = logging.getLogger(__name__)
 
@@ -17,15 +22,33 @@ log = logging.getLogger(__name__)
 class Watcher:
     """Implements `routing.router.Observer`."""
 
-    def __init__(self, metrics: PipelineMetrics, plugins: Plugins) -> None:
+    def __init__(self, metrics: PipelineMetrics, plugins: Plugins, recorder: Recorder | None = None) -> None:
+        self.shadow: Shadow | None = None
+        self._recorder = recorder
         self._metrics = metrics
         self._plugins = plugins
         self._anybody = bool(plugins.manager.hook.dynamo_decision.get_hookimpls())
 
     def decided(self, decision: Decision, seconds: float) -> None:
         self._metrics.decided(seconds)
+        if self._recorder is not None:
+            self._recorder.record(decision)
         if self._anybody:
             tell(self._plugins, "dynamo_decision", decision=decision)
+        if not decision.dry_run and (self.shadow is not None or OVERLAP_TOKENS in decision.columns):
+            # After the request is on its way.
+            asyncio.get_running_loop().call_soon(self._look_back, decision)
+
+    def _look_back(self, decision: Decision) -> None:
+        tokens, cause = regret_of(decision)
+        if tokens:
+            self._metrics.regret(cause, tokens)
+        if self.shadow is not None and (comparison := self.shadow.follow(decision)) is not None:
+            self._metrics.shadowed(comparison.verdict)
+
+    def found(self, decision: Decision, cached_tokens: int | None) -> None:
+        if stale := stale_tokens(decision, cached_tokens):
+            self._metrics.regret("stale", stale)
 
     def fault(self, component: str, what: str) -> None:
         self._metrics.fault(component)

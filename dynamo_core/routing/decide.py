@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -86,6 +87,8 @@ class Stack:
     """Of facts. Where two provide the same fact, the first counts."""
     queue: Queue | None = None
     """How requests wait while no worker has room; decisions do not depend on it."""
+    shadow: Stack | None = None
+    """Decides along, and is only compared."""
     needs: frozenset[Fact[Any]] = attrs.field(init=False)
     hash: str = attrs.field(init=False)
     """Digest of `describe()`: two stacks with the same hash decide alike."""
@@ -109,25 +112,26 @@ class Stack:
         }
 
     def decide(
-        self, request: RoutingRequest, workers: Sequence[Worker], columns: Mapping[Fact[Any], Sequence[Any]], dice: Dice, skip: Collection[str] = ()
+        self, request: RoutingRequest, workers: Sequence[Worker], columns: Mapping[Fact[Any], Sequence[Any]], dice: Dice, skip: Collection[str] = (),
+        spent: dict[str, float] | None = None,
     ) -> Choice:
         """Choose a worker. Pure: the same arguments give the same choice.
 
         :param workers: and :param columns: tuples or read-only arrays, as policies see them.
-        :param skip: policies to leave out, as if they had broken their contract.
+        :param skip: policies to leave out, as if they had broken their contract. :param spent: receives the seconds that each policy took.
         """
         faults: list[Fault] = []
         if skip or not self.needs <= columns.keys():
             skip = self._unusable(columns, skip, faults)
-        fleet, candidates, rejected = self._filter(request, Fleet(workers, columns), skip, faults)
+        fleet, candidates, rejected = self._filter(request, Fleet(workers, columns), skip, faults, spent)
         if not candidates:
             return Choice(None, rejected, candidates, {}, (), faults)
         scores: Scores = {}
         if self.policy is not None:
-            row, totals = self._choose(self.policy, request, fleet, dice, skip, faults)
+            row, totals = _timed(spent, self.policy.name, self._choose, self.policy, request, fleet, dice, skip, faults)
             scores[self.policy.name] = (1.0, totals)
         else:
-            totals = self._score(request, fleet, skip, scores, faults)
+            totals = self._score(request, fleet, skip, scores, faults, spent)
             row = self._pick(totals, fleet, dice, skip, faults)
         return Choice(workers[candidates[row]], rejected, candidates, scores, totals, faults)
 
@@ -140,14 +144,16 @@ class Stack:
                     faults.append((part.name, f"nobody provided {', '.join(missing)} for this decision"))
         return unusable
 
-    def _filter(self, request: RoutingRequest, fleet: Fleet, skip: Collection[str], faults: list[Fault]) -> tuple[Fleet, Sequence[int], list[Rejection]]:
+    def _filter(
+        self, request: RoutingRequest, fleet: Fleet, skip: Collection[str], faults: list[Fault], spent: dict[str, float] | None
+    ) -> tuple[Fleet, Sequence[int], list[Rejection]]:
         candidates: Sequence[int] = range(len(fleet))
         rejected: list[Rejection] = []
         for part in self.filters:
             if part.name in skip:
                 continue
             try:
-                answer: Mapping[int, str] = part.component.reject(request, fleet.seen_by(part.name, part.needs))
+                answer: Mapping[int, str] = _timed(spent, part.name, part.component.reject, request, fleet.seen_by(part.name, part.needs))
                 no = _checked_rows(answer, len(fleet)) if answer or type(answer) is not dict else None
             except Exception as e:
                 faults.append((part.name, said(e)))
@@ -161,13 +167,15 @@ class Stack:
                 fleet = fleet.take(kept)
         return fleet, candidates, rejected
 
-    def _score(self, request: RoutingRequest, fleet: Fleet, skip: Collection[str], scores: Scores, faults: list[Fault]) -> list[float]:
+    def _score(
+        self, request: RoutingRequest, fleet: Fleet, skip: Collection[str], scores: Scores, faults: list[Fault], spent: dict[str, float] | None
+    ) -> list[float]:
         totals: list[float] = []
         for part in self.scorers:
             if part.name in skip:
                 continue
             try:
-                values = _checked_scores(part.component.score(request, fleet.seen_by(part.name, part.needs)), len(fleet))
+                values = _checked_scores(_timed(spent, part.name, part.component.score, request, fleet.seen_by(part.name, part.needs)), len(fleet))
                 if not part.raw and (min(values) < 0.0 or max(values) > 1.0):
                     values = [min(1.0, max(0.0, x)) for x in values]
                 weight = part.weight
@@ -200,6 +208,16 @@ class Stack:
             except Exception as e:
                 faults.append((part.name, said(e)))
         return Dice(seed).below(len(fleet)), [0.0] * len(fleet)
+
+
+def _timed(spent: dict[str, float] | None, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    if spent is None:
+        return call(*arguments)
+    started = time.perf_counter()
+    try:
+        return call(*arguments)
+    finally:
+        spent[name] = time.perf_counter() - started
 
 
 def protocol_of(kind: str) -> type:

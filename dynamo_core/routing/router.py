@@ -31,6 +31,7 @@ from dynamo_core.routing.contract import (
     Worker,
 )
 from dynamo_core.routing.decide import Choice, Part, Stack, options_of, said
+from dynamo_core.routing.patience import Patience
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.ring import Ring
 from dynamo_core.types import Instance
@@ -52,6 +53,10 @@ class Observer(Protocol):
         """A policy or a fact provider broke its contract, and was left out."""
         ...
 
+    def found(self, decision: Decision, cached_tokens: int | None) -> None:
+        """The first token of the request came, and with it the engine's word on how much of the prompt it had."""
+        ...
+
 
 class Unobserved:
     """The observer of a router that nobody watches."""
@@ -59,6 +64,8 @@ class Unobserved:
     def decided(self, decision: Decision, seconds: float) -> None: ...
 
     def fault(self, component: str, what: str) -> None: ...
+
+    def found(self, decision: Decision, cached_tokens: int | None) -> None: ...
 
 
 @attrs.define
@@ -70,6 +77,8 @@ class _Member:
     draining: bool = False
     inhibited_until: float = 0.0
     why: str = ""
+    busy: bool = False
+    """It is inhibited because it is full."""
 
 
 @attrs.define
@@ -114,6 +123,7 @@ class Router:
         self.faults: Counter[str] = Counter()
         """How often each policy and provider was left out."""
         self.generation = 0
+        self.patience = Patience()
         self.on_change: Callable[[], None] | None = None
         """Called when a worker may have got room: a prefill or a request ended, a worker came, left or recovered."""
         self._clock = clock
@@ -151,7 +161,13 @@ class Router:
         bare = RoutingRequest(
             request.id, request.model, (), tokens, request.role, request.hints, request.adapter, None, request.max_tokens, request.failed, (), request.tenant
         )
-        return Weighed(bare, columns, self.stack.decide(bare, self._workers, columns, Dice(seed)), self._workers, self._labels, seed, started)
+        now = self._clock()
+        slow = self.patience.left_out(now)
+        spent: dict[str, float] = {}
+        choice = self.stack.decide(bare, self._workers, columns, Dice(seed), slow, spent)
+        choice.faults += slow.items()
+        self.patience.note(spent, now)
+        return Weighed(bare, columns, choice, self._workers, self._labels, seed, started)
 
     def settle(self, weighed: Weighed, waited: float = 0.0) -> Decision:
         """Make it the decision. :param waited: seconds that the request spent in a queue before. :raises AllBusy: and :raises NoWorker: as `route` does."""
@@ -201,7 +217,8 @@ class Router:
 
     def _refusal(self, decision: Decision) -> NoWorker:
         what = f"model {self.model!r}" + (f" ({self.role})" if self.role != "aggregated" else "")
-        busy = any(by in self._busy for _, by, _ in decision.rejected)
+        now = self._clock()
+        busy = any(by in self._busy for _, by, _ in decision.rejected) or any(m.busy and m.inhibited_until > now for m in self._members.values())
         return (AllBusy if busy else NoWorker)(what, decision.reasons() or ["no worker is registered"])
 
     def _fault(self, component: str, what: str) -> None:
@@ -269,10 +286,10 @@ class Router:
             member.draining = True
             self._say_health(worker)
 
-    def inhibit(self, worker: Worker, seconds: float, why: str) -> None:
-        """Avoid the worker for a while; a longer inhibition that is already running stays."""
+    def inhibit(self, worker: Worker, seconds: float, why: str, *, busy: bool = False) -> None:
+        """Avoid the worker for a while; a longer inhibition that is already running stays. :param busy: it is well, and full."""
         if (member := self._members.get(worker)) is not None and (until := self._clock() + seconds) > member.inhibited_until:
-            member.inhibited_until, member.why = until, why
+            member.inhibited_until, member.why, member.busy = until, why, busy
             self._say_health(worker)
 
     def _say_health(self, worker: Worker) -> None:

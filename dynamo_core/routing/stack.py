@@ -71,11 +71,24 @@ class _Builder:
         where = {use.name: use.where for use in (*plan.filters, *plan.scorers, *((plan.picker,) if plan.picker else ())) if use.where}
         if plan.policy is not None and router.use is not None:
             where[plan.policy.use] = router.use.where
+        shadow = self.shadow(router.shadow) if router.shadow is not None else None
         queue = plan.queue if plan.queue is not None and plan.queue.enabled else None
         providers += self.providers_for(policies, providers, where, QUEUE_NEEDS if queue is not None else ())
+        if shadow is not None:
+            # What the shadow needs beyond the live stack is provided beside it: it sees the same columns, and perhaps a few more.
+            provided = {fact for part in providers for fact in part.component.provides}
+            providers += [part for part in shadow.providers if not set(part.component.provides) <= provided]
         if self.problems:
             raise ConfigError(*dict.fromkeys(self.problems))
-        return Stack(tuple(filters), tuple(scorers), picker, plan.policy, tuple(providers), queue)
+        return Stack(tuple(filters), tuple(scorers), picker, plan.policy, tuple(providers), queue, shadow)
+
+    def shadow(self, router: Router) -> Stack | None:
+        """The stack that decides along; its problems are as serious as those of the live one."""
+        try:
+            return _Builder(self.plugins).stack(attrs.evolve(router, shadow=None, queue=Queue(enabled=False)))
+        except ConfigError as e:
+            self.problems += [attrs.evolve(problem, what=f"[router.shadow] {problem.what}") for problem in e.problems]
+            return None
 
     # -------------------------------------------------------------- presets and shorthands
 

@@ -92,9 +92,9 @@ def test_an_adapter_is_served_where_it_can_be_and_preferably_where_it_is_loaded(
 
 def test_both_presets_start_and_send_a_prompt_back_to_where_it_is():
     for use in ("kv", "kv-plus"):
-        site = Site(use=Use(use))
+        site = Site(use=Use(use), cards={i: {"total_blocks": 10_000} for i in range(1, 5)})
         first = site.route("a", tokens=1600)
         site.router.first_token("a", first)
         site.router.finished("a", first, "done")
-        assert all(site.route(f"b{i}", tokens=1600) == first for i in range(2))
+        assert site.route("b", tokens=1600) == first
         assert not site.router.faults

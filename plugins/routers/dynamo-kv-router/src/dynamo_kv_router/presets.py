@@ -29,6 +29,7 @@ class Kv(KvCost):
         return {
             "filters": ["taints", "adapter"],
             "scorers": [{"use": "kv-cost", **weights}],
+            "facts": [{"use": "kv-index", "predict": 0.0}],
             "picker": {"use": "softmax", "temperature": self.temperature} if self.temperature else {"use": "best"},
         }
 
