@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".dynamo/bench"
 RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
-MICRO = ("transport", "preprocess", "routing", "http")
+MICRO = ("transport", "preprocess", "routing", "kv_index", "http")
 """Benchmarks of one room each; they print tables of their own."""
 
 
@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, default=os.environ.get("PEERS") or None, help="folder with the environment `dyn` (default: $PEERS)")
     options = parser.parse_args()
     if options.micro:
-        return max(subprocess.run([sys.executable, f"benchmarks/{name}.py"], cwd=ROOT, check=False).returncode for name in MICRO)
+        return max(subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, check=False).returncode for name in MICRO)
     installed = available(options.peers)
     names = options.targets.split(",") if options.targets else [*OURS, *([PEER] if PEER in installed else []), "direct"]
     scenarios = options.scenarios.split(",")
