@@ -44,6 +44,8 @@ class TokenStream:
         self._emitted: list[int] = []
         self._open_choices = request.sampling.n
         self._moves = 0
+        self._lost_at: float | None = None
+        """When the request lost its worker; until the next token it is without one."""
         self._failed: list[Worker] = []
 
     async def start(self) -> None:
@@ -106,6 +108,7 @@ class TokenStream:
             # Only the first worker's word counts: the next one finds replayed tokens in its cache, not the client's.
             self.cached_tokens = cached if cached is not None else (0 if self._moves else None)
         if tokens:
+            self._lost_at = None
             leg.received(tokens, cached)
 
     async def _dispatch(self, request: Request) -> None:
@@ -130,12 +133,20 @@ class TokenStream:
             raise _for_client(error, why_not)
         kind = "ongoing_request" if self._emitted else "new_request"
         started = time.monotonic()
-        deadline = started + self._settings.wait
+        if self._lost_at is None and (self._emitted or not isinstance(error, WorkerOverloaded)):
+            self._lost_at = started
+        # Who had a worker waits for another one, full ones included; who comes new to a full fleet is told at once.
+        patient = self._lost_at is not None
+        deadline = (self._lost_at or started) + self._settings.wait
         cause: DynamoError = error
         while True:
             if self._context.cancelled:
                 raise Cancelled(self._context.cancel_reason or "cancelled")
-            if isinstance(cause, StreamError):
+            if patient and isinstance(cause, WorkerOverloaded):
+                if time.monotonic() >= deadline:
+                    self._metrics.migrated(kind, "failure", time.monotonic() - started)
+                    raise _for_client(cause, f"every other worker was full for {self._settings.wait:g} s (migration.wait)")
+            elif isinstance(cause, StreamError):
                 if self._moves >= self._settings.limit:
                     self._metrics.migrated(kind, "failure", time.monotonic() - started)
                     raise _for_client(error, f"it has moved {self._moves} times already (migration.limit)")
@@ -151,7 +162,7 @@ class TokenStream:
                 continue
             except NoWorker as e:
                 left = deadline - time.monotonic()
-                if isinstance(error, WorkerOverloaded) or isinstance(e, AllBusy):
+                if isinstance(error, WorkerOverloaded) and not patient:
                     raise AllBusy(f"request {self._request.id}", [str(error)]) from e
                 if left <= 0:
                     self._metrics.migrated(kind, "failure", time.monotonic() - started)

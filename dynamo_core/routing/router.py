@@ -79,6 +79,8 @@ class _Member:
     why: str = ""
     busy: bool = False
     """It is inhibited because it is full."""
+    busy: bool = False
+    """It is inhibited because it is full."""
 
 
 @attrs.define

@@ -40,6 +40,7 @@ use = "least-loaded"
 count = {workers}
 engine = {{ use = "sim", pace_ms = 10 }}
 drain_timeout = 5
+{worker}
 """
 
 
@@ -135,9 +136,9 @@ def field(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]):
     """`async with field(workers=4, frontends=2) as running:` starts a stack and waits until it is ready."""
 
     @contextlib.asynccontextmanager
-    async def up(*, workers: int, frontends: int, more: str = "") -> AsyncGenerator[Field]:
+    async def up(*, workers: int, frontends: int, worker: str = "") -> AsyncGenerator[Field]:
         path = tmp_path / "stack.toml"
-        path.write_text(STACK.format(path=tmp_path / "discovery", port=unused_tcp_port_factory(), workers=workers, frontends=frontends) + more)
+        path.write_text(STACK.format(path=tmp_path / "discovery", port=unused_tcp_port_factory(), workers=workers, frontends=frontends, worker=worker))
         plugins = Plugins.load()
         config = load(path, plugins=plugins)
         said: list[str] = []
@@ -147,20 +148,6 @@ def field(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]):
             except BaseException:
                 print("\n".join(said[-60:]))
                 raise
-            await all_frontends_ready(stack, workers)
             yield Field(stack, url, said)
 
     return up
-
-
-async def all_frontends_ready(stack: LocalStack, workers: int) -> None:
-    """Each frontend process admits workers on its own; ask until every one of them said that it has them all."""
-    seen: set[int] = set()
-    async with asyncio.timeout(60):
-        while len(seen) < stack.config.frontend.processes:
-            urls = await stack.status_urls("frontend")
-            async with httpx.AsyncClient() as client:
-                fleet = (await client.get(f"{urls[0]}/debug/fleet")).json()
-            if sum(worker["proven"] for model in fleet["models"].values() for worker in model["workers"]) >= workers:
-                seen.add(fleet["pid"])
-            await asyncio.sleep(0.02)

@@ -12,12 +12,12 @@ import pytest
 async def test_killing_any_worker_fails_no_request(field, load_class) -> None:
     async with field(workers=4, frontends=2) as running:
         load = load_class(running.url, streams=24, tokens=60)
-        await load.learn(12)
+        await load.learn(6)
         async with load.under_way():
-            await load.until_done(30)
+            await load.until_done(24)
             for victim in running.children("backend")[:3]:
                 os.kill(victim.process.pid, signal.SIGKILL)
-                await load.until_done(60)
+                await load.until_done(36)
         assert dict(load.failures) == {}
 
 

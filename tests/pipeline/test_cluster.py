@@ -158,3 +158,24 @@ async def test_a_model_without_workers_says_when_the_last_one_left() -> None:
         with pytest.raises(Unavailable, match="the last one left"):
             cluster.catalog.get(name)
         assert cluster.catalog.not_ready() is not None
+
+
+async def test_a_request_that_lost_its_worker_waits_while_the_others_are_full() -> None:
+    async with Cluster.up(workers=2, options={"delay": 0.02}, settings={"max_requests": 2}, migration=Migration(limit=1, wait=10.0, inhibit=0.1)) as cluster:
+        running = [await cluster.generate("a" * 40, max_tokens=40) for _ in range(4)]
+        for generation in running:
+            await generation.read()
+        await cluster.kill(0)
+        ended = await asyncio.gather(*(read_all(generation) for generation in running))
+        assert [reason for _, _, reason in ended] == ["length"] * 4
+        assert [generation.usage.completion_tokens for generation in running] == [40] * 4
+
+
+async def test_a_newcomer_to_a_full_fleet_is_told_at_once_also_while_the_full_are_avoided() -> None:
+    async with Cluster.up(workers=1, options={"delay": 0.05}, settings={"max_requests": 1}) as cluster:
+        running = await cluster.generate("a" * 20, max_tokens=20)
+        await running.read()
+        for _ in range(3):  # the first is refused by the worker, the others by the router that avoids it
+            with pytest.raises(AllBusy):
+                await read_all(await cluster.generate("a", max_tokens=1))
+        assert (await read_all(running))[2] == "length"
