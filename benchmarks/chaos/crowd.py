@@ -116,9 +116,9 @@ async def churn(folder: Path, seconds: float) -> Result:
     return result
 
 
-async def soak(folder: Path, seconds: float) -> Result:
+async def soak(folder: Path, seconds: float, shape: Shape) -> Result:
     result = Result(f"{seconds / 60:g} minutes of steady load")
-    async with open_field("file", folder, Shape(), 1) as stage:
+    async with open_field("file", folder, shape, 1) as stage:
         samples: list[float] = []
         async with stage.load.under_way():
             end = time.monotonic() + seconds
@@ -154,7 +154,7 @@ def main() -> int:
         "streams": [lambda folder: streams(folder, 1000, 40.0), lambda folder: streams(folder, 5000, 60.0)],
         "idle": [lambda folder: idle(folder, 9_900)],
         "churn": [lambda folder: churn(folder, 60.0)],
-        "soak": [lambda folder: soak(folder, options.soak * 60)],
+        "soak": [lambda folder: soak(folder, options.soak * 60, Shape())],
     }
     chosen = [part for name, group in parts.items() if options.only in (None, name) for part in group]
     with asyncio.Runner(loop_factory=new_event_loop) as runner, tempfile.TemporaryDirectory() as folder:

@@ -33,8 +33,8 @@ class Harm:
     """Seconds for which to go on watching once the fleet is whole: a lease that a fault has ended is missed later."""
     may_break: bool = False
     """Streams through a killed frontend end with it."""
-    may_wait: float = 0.0
-    """Seconds for which clients may wait because the fault itself holds their process still."""
+    may_fail: bool = False
+    """No healthy worker can be reached: requests wait for `migration.wait` and are then told so."""
 
 
 @attrs.frozen
@@ -91,9 +91,7 @@ async def frontend_killed(stage: Stage, dice: random.Random, harm: Harm) -> None
 def _stop_for(seconds: float, kind: str) -> Callable[[Stage, random.Random, Harm], Awaitable[None]]:
     async def run(stage: Stage, dice: random.Random, harm: Harm) -> None:
         victim = dice.choice(stage.workers if kind == "worker" else stage.frontends)
-        if kind == "frontend":
-            harm.may_wait = seconds
-        elif seconds > stage.shape.ttl:
+        if kind == "worker" and seconds > stage.shape.ttl:
             labels = await stage.labels()
             harm.gone, harm.gone_since = {labels[victim.pid]}, time.time() + stage.shape.ttl + GRACE
         victim.send(signal.SIGSTOP)
@@ -217,19 +215,29 @@ fault("network loses packets", "5 % of the packets to and from half of the worke
 # ------------------------------------------------------------------ stores and planes that are servers
 
 
+async def _leader_lost(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.watch = 1.5 * stage.shape.ttl + 5.0
+    await stage.store.lose_leader(10.0)
+
+
+async def _all_gone(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.watch = 1.5 * stage.shape.ttl + 5.0
+    await stage.store.lose_all(60.0)
+
+
+async def _no_way(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.may_fail = True
+    await _all_gone(stage, dice, harm)
+
+
+async def _wiped(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    harm.watch = 1.5 * stage.shape.ttl + 5.0
+    await stage.store.wipe()
+
+
+_THREE = "`kill -9` of the three servers; started again 60 s later"
 for _field in ("etcd", "nats"):
-
-    @fault(f"{_field}: leader lost", "`kill -9` of the leader of three; started again 10 s later", field=_field)
-    async def leader_lost(stage: Stage, dice: random.Random, harm: Harm) -> None:
-        harm.watch = 1.5 * stage.shape.ttl + 5.0
-        await stage.store.lose_leader(10.0)
-
-    @fault(f"{_field}: all gone for a minute", "`kill -9` of all three; started again 60 s later", field=_field)
-    async def all_gone(stage: Stage, dice: random.Random, harm: Harm) -> None:
-        harm.watch = 1.5 * stage.shape.ttl + 5.0
-        await stage.store.lose_all(60.0)
-
-    @fault(f"{_field}: data wiped", "all three killed, their data deleted, started again", field=_field)
-    async def wiped(stage: Stage, dice: random.Random, harm: Harm) -> None:
-        harm.watch = 1.5 * stage.shape.ttl + 5.0
-        await stage.store.wipe()
+    fault(f"{_field}: leader lost", "`kill -9` of the leader of three; started again 10 s later", field=_field)(_leader_lost)
+    fault(f"{_field}: data wiped", "the three servers killed, their data deleted, started again", field=_field)(_wiped)
+fault("etcd: all gone for a minute", _THREE, field="etcd")(_all_gone)
+fault("nats: all gone for a minute", _THREE + "; no request can reach a worker meanwhile, since NATS is the request plane, too", field="nats")(_no_way)

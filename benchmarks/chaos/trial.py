@@ -107,9 +107,9 @@ def _count(verdict: Verdict, harm: Harm, stage: Stage, first: int, lasted: float
             verdict.pause = max(verdict.pause, answer.pause)
     verdict.errors = failures(answers)
     say = verdict.violations.append
-    if verdict.failed:
+    if verdict.failed and not harm.may_fail:
         say(f"{verdict.failed} requests failed")
-    if verdict.broken and not harm.may_break:
+    if verdict.broken and not (harm.may_break or harm.may_fail):
         say(f"{verdict.broken} streams broke")
     if verdict.lost or verdict.doubled:
         say(f"{verdict.lost} tokens lost, {verdict.doubled} doubled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.chaos.__main__ import SHORT, run
+from benchmarks.chaos.crowd import soak
 from benchmarks.chaos.faults import FAULTS
 
 
@@ -15,3 +16,9 @@ async def test_one_fault_after_another_loses_nothing(tmp_path):
     assert not left_out
     assert len(verdicts) == len(chosen)
     assert {verdict.fault: verdict.violations for verdict in verdicts if verdict.violations} == {}
+
+
+@pytest.mark.slow
+async def test_memory_stays_flat_under_steady_load(tmp_path):
+    result = await soak(tmp_path / "soak", 30.0, SHORT)
+    assert result.wrong == []
