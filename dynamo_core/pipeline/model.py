@@ -11,12 +11,13 @@ import attrs
 import msgspec
 
 from dynamo_core.cards import ModelCard, Role
-from dynamo_core.config.schema import Migration
+from dynamo_core.config.schema import Disaggregation, Migration
 from dynamo_core.context import Context
 from dynamo_core.errors import Unavailable
 from dynamo_core.observability import tracing
 from dynamo_core.pipeline.around import Around, Surrounded
 from dynamo_core.pipeline.contract import Generation
+from dynamo_core.pipeline.disagg import DisaggregatedStream, suits
 from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
 from dynamo_core.pipeline.generation import TextGeneration
 from dynamo_core.pipeline.metrics import PipelineMetrics
@@ -48,7 +49,7 @@ class ServedModel:
     """Implements `pipeline.contract.Model`."""
 
     def __init__(self, card: ModelCard, preprocessor: Preprocessor, dispatcher: Callable[[Role], Dispatcher], migration: Migration, metrics: PipelineMetrics,
-                 around: Sequence[Around] = ()) -> None:
+                 around: Sequence[Around] = (), disaggregation: Disaggregation | None = None) -> None:
         self.name = card.name
         self.card = card
         self.checksum = card.checksum()
@@ -59,6 +60,7 @@ class ServedModel:
         self._make_dispatcher = dispatcher
         self._migration = migration
         self._around = around
+        self._disaggregation = disaggregation or Disaggregation()
         self._metrics = metrics
         self._serving: frozenset[Role] = frozenset()
         self._needs: tuple[tuple[Role, ...], ...] = ()
@@ -105,12 +107,14 @@ class ServedModel:
     def _count(self) -> None:
         proven = [m for m in self.members.values() if m.proven]
         self._serving = frozenset(m.card.role for m in proven)
-        able = [m for m in proven if m.card.role == "aggregated"]
+        able = [m for m in proven if m.card.role == "aggregated" or (m.card.role == "decode" and not self._disaggregation.fallback)]
+        if self._disaggregation.fallback:
+            able += [Member(m.instance, msgspec.structs.replace(m.card, needs=())) for m in proven if m.card.role == "decode"]
         self._needs = () if any(not m.card.needs for m in able) else tuple(need for m in able for need in m.card.needs)
         self._metrics.workers(sum(m.proven for m in self.members.values()), len(self.members))
 
     def not_ready(self) -> str | None:
-        if "aggregated" in self._serving and (not self._needs or any(self._serving.issuperset(need) for need in self._needs)):
+        if not self._serving.isdisjoint(("aggregated", "decode")) and (not self._needs or any(self._serving.issuperset(need) for need in self._needs)):
             return None
         if not self.members:
             ago = "" if self._last_left is None else f"; the last one left {time.monotonic() - self._last_left:.0f} s ago"
@@ -123,7 +127,7 @@ class ServedModel:
         if self._needs:
             wanted = " or ".join(sorted({" and ".join(need) for need in self._needs}))
             return f"model {self.name!r} has only {roles} workers, and they need {wanted} workers beside them"
-        return f"model {self.name!r} has only {roles} workers; an aggregated worker is missing"
+        return f"model {self.name!r} has only {roles} workers; an aggregated or a decode worker is missing"
 
     # -------------------------------------------------------------- requests
 
@@ -146,7 +150,7 @@ class ServedModel:
             span.set("workers", ",".join(stream.workers))
             span.end(error)
 
-        stream = TokenStream(request, self.card, context, self.dispatcher("aggregated"), self._migration, self._metrics)
+        stream = self._stream(request, context)
         try:
             await stream.start()
         except BaseException as e:
@@ -155,9 +159,30 @@ class ServedModel:
         span.event("routed", {"decision": stream.decisions[-1], "worker": stream.workers[-1]})
         return TextGeneration(stream, request, text, self.preprocessor, ended)
 
+    def _stream(self, request: Request, context: Context) -> TokenStream:
+        role = self._main_role()
+        decode = self.dispatcher(role)
+        if role == "decode" and suits(request) and ("prefill" in self._serving or not self._disaggregation.fallback) and self._worth_it(request, decode, context):
+            prefill = self.dispatcher("prefill")
+            return DisaggregatedStream(request, self.card, context, prefill, decode, self._disaggregation, self._migration, self._metrics)
+        return TokenStream(request, self.card, context, decode, self._migration, self._metrics)
+
+    def _main_role(self) -> Role:
+        """Who generates: decode workers where prefill workers stand beside them, else whoever can do it alone."""
+        if "decode" in self._serving and ("prefill" in self._serving or "aggregated" not in self._serving):
+            return "decode"
+        return "aggregated"
+
+    def _worth_it(self, request: Request, decode: Dispatcher, context: Context) -> bool:
+        """Whether enough of the prompt must be computed. A pinned or short prompt asks nobody."""
+        least = self._disaggregation.min_prompt
+        if len(request.token_ids) < least:
+            return False
+        return not least or len(request.token_ids) - decode.router.dry_run(routing_request(request, tenant=context.tenant)).overlap_tokens >= least
+
     async def route(self, request: Request, context: Context) -> str:
         self._check(request)
-        return self.dispatcher("aggregated").router.dry_run(routing_request(request, tenant=context.tenant)).id
+        return self.dispatcher(self._main_role()).router.dry_run(routing_request(request, tenant=context.tenant)).id
 
     def _check(self, request: Request) -> None:
         """What must hold whoever built the request. :raises RequestError: the client's fault. :raises Unavailable: not ready."""

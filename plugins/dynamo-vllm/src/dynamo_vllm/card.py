@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from dynamo_core.cards import Artifact, ModelCard
+from dynamo_core.cards import Artifact, ModelCard, Role
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.types import Sampling
 from dynamo_vllm import vllm_api
@@ -32,7 +32,7 @@ def tokenizer_json(engine: Any) -> bytes:
     return backend.to_str().encode()
 
 
-def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora: bool) -> ModelCard:
+def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora: bool, role: str) -> ModelCard:
     config, tok = engine.vllm_config, engine.get_tokenizer()
     model, cache, scheduler, parallel = config.model_config, config.cache_config, config.scheduler_config, config.parallel_config
     embeds = model.runner_type == "pooling"
@@ -41,6 +41,8 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
     generates = ("chat", "completions") if template else ("completions",)
     return ModelCard(
         name=name_of(model.model),
+        role=cast("Role", role),
+        needs=(("prefill",),) if role == "decode" else (("decode",),) if role == "prefill" else (),
         surfaces=("embeddings",) if embeds else generates,
         context_length=model.max_model_len,
         vocab_size=model.get_vocab_size(),

@@ -26,14 +26,14 @@ from dynamo_vllm.vllm_api import Vllm
 
 log = logging.getLogger(__name__)
 
-_OURS = ("model", "kv_events_config", "served_model_name")
+_OURS = ("model", "kv_events_config", "kv_transfer_config", "served_model_name")
 """Arguments of vLLM that this plugin sets itself."""
 
 
 def _not_ours(engine: VllmEngine, attribute: object, value: Mapping[str, Any]) -> None:
     for name in _OURS:
         if name in value:
-            instead = {"model": "'model'", "kv_events_config": "'kv_events'", "served_model_name": "'served_name' of the worker"}[name]
+            instead = {"model": "'model'", "kv_transfer_config": "'role' and 'transfer'", "kv_events_config": "'kv_events'", "served_model_name": "'served_name' of the worker"}[name]
             raise ValueError(f"'args' must not have {name!r}: use {instead}")
 
 
@@ -47,6 +47,10 @@ class VllmEngine:
     """Arguments of vLLM's AsyncEngineArgs, under vLLM's names: { max_model_len = 4096, tensor_parallel_size = 2 }."""
     adapters: dict[str, Path] = attrs.field(factory=dict)
     """LoRA adapters to load at start, directory by name; each is served as a model of its own."""
+    role: str = attrs.field(default="aggregated", validator=v.in_(["aggregated", "prefill", "decode"]))
+    """`prefill` reads prompts and hands their KV blocks to `decode` workers; `aggregated` does both."""
+    transfer: dict[str, Any] = attrs.field(factory=dict)
+    """How blocks travel between the two, as in vLLM's KVTransferConfig. Default: { kv_connector = "NixlConnector" }, which needs the package nixl."""
     kv_events: bool = True
     """Publish what the prefix cache stores and removes."""
     start_method: str = attrs.field(default="spawn", validator=v.in_(["spawn", "fork"]))
@@ -79,7 +83,7 @@ class VllmEngine:
             phase("load the model")
             engine = await asyncio.to_thread(vllm_api.launch, vllm, config, self.start_method, vllm_api.stat_logger(vllm, loads.record))
             tokenizer = await asyncio.to_thread(card.tokenizer_json, engine)
-            found = card.card_of(vllm, engine, tokenizer, kv_events=caches, lora=config.lora_config is not None)
+            found = card.card_of(vllm, engine, tokenizer, kv_events=caches, lora=config.lora_config is not None, role=self.role)
             running = Running(vllm, engine, found, tokenizer, context, loads, feeds, directory)
             phase("warm up")
             await running.warm_up()
@@ -98,6 +102,8 @@ class VllmEngine:
         args: dict[str, Any] = {"scheduling_policy": "priority", **self.args, "model": self.model, "served_model_name": card.name_of(self.model)}
         if self.kv_events:
             args["kv_events_config"] = vllm_api.kv_events_config(vllm, directory)
+        if self.role != "aggregated":
+            args["kv_transfer_config"] = vllm_api.kv_transfer_config(vllm, self.role, self.transfer)
         if self.adapters:
             ranks = [card.lora_rank(path) or 16 for path in self.adapters.values()]
             args = {"enable_lora": True, "max_lora_rank": max(16, *ranks), "max_loras": len(self.adapters), **args}

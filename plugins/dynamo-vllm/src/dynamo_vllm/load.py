@@ -18,6 +18,7 @@ class LoadReports:
         self.total_blocks = 0
         """Of one rank; nothing is reported before it is known."""
         self._publish = publish
+        self._used: dict[int, int] = {}
         self._waiting: dict[int, list[Load]] = {}
         """By rank: what is to be told next and, if that was busy and it is over, the end of it."""
         self._timer: asyncio.TimerHandle | None = None
@@ -29,9 +30,15 @@ class LoadReports:
             return
         waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
         load = Load(stats.num_running_reqs, waiting, round(stats.kv_cache_usage * self.total_blocks), self.total_blocks, 0, rank)
+        self._used[rank] = load.kv_used_blocks
         before = self._waiting.get(rank)
         self._waiting[rank] = [before[0], load] if before and _busy(before[0]) and not _busy(load) else [load]
         self._arm()
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks in use by the last word of each rank."""
+        return sum(self._used.values())
 
     def close(self) -> None:
         self._closed = True

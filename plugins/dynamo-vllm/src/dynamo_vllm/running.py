@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
 from dynamo_core.cards import ModelCard
@@ -80,6 +81,8 @@ class Running:
                 self._quiet.set()
 
     async def _generate(self, request: Request, limit: int) -> AsyncGenerator[Output, None]:
+        if self.card.role == "prefill" and request.transfer is None:
+            request = msgspec.structs.replace(request, transfer=dict(vllm_api.PREFILL_ONLY))
         params = sampling_params(self._vllm, request, self.card, limit)
         reader = Reader(request, self.card)
         hints = request.hints
@@ -174,8 +177,8 @@ class Running:
             self._context.died(reason)
 
     async def drain(self) -> None:
-        """vLLM counts a request as unfinished until a peer has fetched its blocks, so wait until it counts none."""
-        while self._dead is None and self._engine.get_num_unfinished_requests():  # noqa: ASYNC110 (vLLM only counts them)
+        """Wait until peers have fetched the blocks of every prompt that was computed for them."""
+        while self._dead is None and self.card.role == "prefill" and self._loads.used_blocks:  # noqa: ASYNC110 (vLLM only counts them)
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -208,6 +209,37 @@ def kv_endpoints(directory: Path, rank: int) -> tuple[str, str]:
 def kv_events_config(vllm: Vllm, directory: Path) -> Any:
     events, replay = kv_endpoints(directory, 0)
     return vllm.KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=events, replay_endpoint=replay, topic="")
+
+
+def kv_transfer_config(vllm: Vllm, role: str, options: Mapping[str, Any]) -> Any:
+    """:raises ConfigError: vLLM does not accept it."""
+    ours: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_producer" if role == "prefill" else "kv_consumer", "kv_load_failure_policy": "recompute"}
+    if vllm.on_cpu:
+        ours["kv_buffer_device"] = "cpu"
+    _side_channel()
+    try:
+        return vllm.KVTransferConfig(**{**ours, **options})
+    except (ValueError, TypeError) as e:
+        raise ConfigError(Problem(f"vLLM does not accept engine.transfer: {e}")) from e
+
+
+_chosen: set[str] = set()
+"""Ports that we have chosen, which are not the operator's word."""
+
+
+def _side_channel() -> None:
+    """NIXL's handshake needs a port of its own for each engine, and an address that the other workers reach."""
+    os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
+    given = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
+    if given is None or given in _chosen:
+        with socket.create_server(("", 0)) as listener:
+            port = str(listener.getsockname()[1])
+        _chosen.add(port)
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = port
+
+
+PREFILL_ONLY: Mapping[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+"""What tells vLLM that another engine will fetch the blocks of this prompt."""
 
 
 def tokens_prompt(token_ids: list[int], cache_salt: str | None) -> dict[str, Any]:
