@@ -106,7 +106,7 @@ class Fleet:
             predicted, actual = await self.ask()
             assert predicted == actual
             found += actual
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)  # For the other frontend to hear of it, also on a busy machine.
         return found
 
     async def ready(self, workers: int) -> None:
