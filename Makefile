@@ -33,6 +33,7 @@ $(VLLM)/.installed: $(VENV)/.installed plugins/dynamo-vllm/install-cpu.sh plugin
 	@test -x $(VLLM)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VLLM)
 	@plugins/dynamo-vllm/install-cpu.sh $(VLLM)/bin/python $(BIN)/uv
 	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python $(VLLM_EDITABLE) accelerate gguf hypothesis "openai>=1.60" "pytest>=8" "pytest-asyncio>=0.25"
+	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python --no-deps "nixl==1.5.1" "nixl-cu12==1.5.1"
 	@touch $@
 
 $(SMOLLM): $(VLLM)/.installed

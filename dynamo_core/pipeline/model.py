@@ -162,7 +162,8 @@ class ServedModel:
     def _stream(self, request: Request, context: Context) -> TokenStream:
         role = self._main_role()
         decode = self.dispatcher(role)
-        if role == "decode" and suits(request) and ("prefill" in self._serving or not self._disaggregation.fallback) and self._worth_it(request, decode, context):
+        possible = role == "decode" and suits(request) and ("prefill" in self._serving or not self._disaggregation.fallback)
+        if possible and self._worth_it(request, decode, context):
             prefill = self.dispatcher("prefill")
             return DisaggregatedStream(request, self.card, context, prefill, decode, self._disaggregation, self._migration, self._metrics)
         return TokenStream(request, self.card, context, decode, self._migration, self._metrics)

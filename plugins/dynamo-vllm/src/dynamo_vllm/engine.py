@@ -26,14 +26,15 @@ from dynamo_vllm.vllm_api import Vllm
 
 log = logging.getLogger(__name__)
 
-_OURS = ("model", "kv_events_config", "kv_transfer_config", "served_model_name")
-"""Arguments of vLLM that this plugin sets itself."""
+_OURS = {
+    "model": "'model'", "kv_events_config": "'kv_events'", "kv_transfer_config": "'role' and 'transfer'", "served_model_name": "'served_name' of the worker",
+}
+"""Arguments of vLLM that this plugin sets itself, and what to use instead."""
 
 
 def _not_ours(engine: VllmEngine, attribute: object, value: Mapping[str, Any]) -> None:
-    for name in _OURS:
+    for name, instead in _OURS.items():
         if name in value:
-            instead = {"model": "'model'", "kv_transfer_config": "'role' and 'transfer'", "kv_events_config": "'kv_events'", "served_model_name": "'served_name' of the worker"}[name]
             raise ValueError(f"'args' must not have {name!r}: use {instead}")
 
 

@@ -213,7 +213,8 @@ def kv_events_config(vllm: Vllm, directory: Path) -> Any:
 
 def kv_transfer_config(vllm: Vllm, role: str, options: Mapping[str, Any]) -> Any:
     """:raises ConfigError: vLLM does not accept it."""
-    ours: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_producer" if role == "prefill" else "kv_consumer", "kv_load_failure_policy": "recompute"}
+    kv_role = "kv_producer" if role == "prefill" else "kv_consumer"
+    ours: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_load_failure_policy": "recompute"}
     if vllm.on_cpu:
         ours["kv_buffer_device"] = "cpu"
     _side_channel()
