@@ -245,6 +245,8 @@ class Router:
     """Of ties and chance: the same seed and the same requests give the same decisions."""
     decisions: int = attrs.field(default=4096, validator=v.ge(0))
     """How many decision records to keep."""
+    sync: bool = True
+    """Frontends tell each other what they have sent, so that they do not all choose the same worker."""
     record: Path | None = None
     """Write every decision to this file, as JSON lines without prompts, for `dynamo replay`."""
     record_bytes: int = attrs.field(default=64 * 2**20, validator=v.ge(4096))

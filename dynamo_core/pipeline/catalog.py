@@ -28,6 +28,7 @@ from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
 from dynamo_core.pipeline.model import Member, ServedModel
 from dynamo_core.pipeline.observers import tell
 from dynamo_core.pipeline.partings import Partings
+from dynamo_core.pipeline.replicas import Replicas
 from dynamo_core.pipeline.stacks import Stacks
 from dynamo_core.pipeline.surroundings import Attachments
 from dynamo_core.pipeline.waiting import QueueMetrics
@@ -74,6 +75,7 @@ class FleetCatalog:
         self._attachments = Attachments(runtime, registry)
         self._ring = Ring(self._config.router.decisions)
         self._around: list[Around] = [build(use, "preprocessor", runtime.plugins) for use in self._config.around]
+        self._replicas = Replicas(runtime) if self._config.router.sync else None
         self.stacks = Stacks(self._config.router, runtime.plugins, self._ring, alone=self._config.frontend.processes == 1)
 
     @classmethod
@@ -94,6 +96,8 @@ class FleetCatalog:
             await catalog._partings.close()
             await catalog._attachments.close()
             await catalog._feeds.close()
+            if catalog._replicas is not None:
+                await catalog._replicas.close()
             catalog.stacks.close()
 
     # -------------------------------------------------------------- what the frontend asks
@@ -237,6 +241,8 @@ class FleetCatalog:
         def follow(router: Router) -> None:
             self._feeds.add(router, instance.component)
             self._attachments.follow(router, instance.component)
+            if self._replicas is not None:
+                self._replicas.follow(router, instance.component)
 
         def dispatcher(role: Role) -> Dispatcher:
             router = self.stacks.router(card.name, role, metrics, follow)

@@ -23,7 +23,7 @@ from dynamo_core.routing.stack import build_stack
 
 log = logging.getLogger(__name__)
 
-FIXED = ("seed", "decisions", "record", "record_bytes")
+FIXED = ("seed", "decisions", "sync", "record", "record_bytes")
 """Settings of [router] that a running frontend cannot change."""
 ROLES: tuple[Role, ...] = ("aggregated", "prefill", "decode", "encode")
 

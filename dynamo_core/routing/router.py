@@ -58,6 +58,18 @@ class Observer(Protocol):
         ...
 
 
+class Share(Protocol):
+    """What tells the routers of other frontends. Called on the request path: keep it short, and never raise."""
+
+    def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None: ...
+
+    def first_token(self, request_id: str, worker: Worker) -> None: ...
+
+    def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None: ...
+
+    def finished(self, request_id: str, worker: Worker) -> None: ...
+
+
 class Unobserved:
     """The observer of a router that nobody watches."""
 
@@ -79,8 +91,6 @@ class _Member:
     why: str = ""
     busy: bool = False
     """It is inhibited because it is full."""
-    busy: bool = False
-    """It is inhibited because it is full."""
 
 
 @attrs.define
@@ -92,6 +102,8 @@ class _Open:
     first: bool = False
     cached_tokens: int | None = None
     output_tokens: int = 0
+    elsewhere: bool = False
+    """Another frontend's router booked it."""
 
 
 @attrs.frozen(eq=False)
@@ -126,6 +138,7 @@ class Router:
         """How often each policy and provider was left out."""
         self.generation = 0
         self.patience = Patience()
+        self.share: Share | None = None
         self.on_change: Callable[[], None] | None = None
         """Called when a worker may have got room: a prefill or a request ended, a worker came, left or recovered."""
         self._clock = clock
@@ -306,17 +319,21 @@ class Router:
 
     # -------------------------------------------------------------- requests
 
-    def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int = 0) -> None:
-        """`request` was sent to `worker`. Every booking is closed by `finished`."""
-        self._open[request.id, worker] = _Open(request, overlap_tokens)
+    def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int = 0, *, elsewhere: bool = False) -> None:
+        """`request` was sent to `worker`. Every booking is closed by `finished`. :param elsewhere: by another frontend, which tells this one."""
+        self._open[request.id, worker] = _Open(request, overlap_tokens, elsewhere=elsewhere)
         for part in self._follow_requests:
             self._safely(part, part.component.booked, request, worker, overlap_tokens)
+        if self.share is not None and not elsewhere:
+            self.share.booked(request, worker, overlap_tokens)
 
     def first_token(self, request_id: str, worker: Worker, cached_tokens: int | None = None) -> None:
         if (booking := self._open.get((request_id, worker))) is not None:
             booking.first, booking.cached_tokens = True, cached_tokens
             for part in self._follow_requests:
                 self._safely(part, part.component.first_token, request_id, worker, cached_tokens)
+            if self.share is not None and not booking.elsewhere:
+                self.share.first_token(request_id, worker)
             self._changed()
 
     def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None:
@@ -325,13 +342,21 @@ class Router:
             booking.output_tokens = output_tokens
             for part in self._follow_requests:
                 self._safely(part, part.component.grew, request_id, worker, output_tokens)
+            if self.share is not None and not booking.elsewhere:
+                self.share.grew(request_id, worker, output_tokens)
 
     def finished(self, request_id: str, worker: Worker, outcome: Outcome) -> None:
         """Close a booking. Once is enough; again does nothing."""
-        if self._open.pop((request_id, worker), None) is not None:
+        if (booking := self._open.pop((request_id, worker), None)) is not None:
             for part in self._follow_requests:
                 self._safely(part, part.component.finished, request_id, worker, outcome)
+            if self.share is not None and not booking.elsewhere:
+                self.share.finished(request_id, worker)
             self._changed()
+
+    def open_here(self) -> list[tuple[RoutingRequest, Worker, int, bool, int]]:
+        """Bookings of this router alone: request, worker, overlap tokens, whether the first token came, output tokens."""
+        return [(b.request, worker, b.overlap_tokens, b.first, b.output_tokens) for (_, worker), b in self._open.items() if not b.elsewhere]
 
     def _changed(self) -> None:
         if self.on_change is not None:

@@ -1,0 +1,218 @@
+"""Keeps the routers of several frontends from herding: each tells the others what it has sent, and counts what they have.
+
+Messages go over the event plane, topic `bookings` below the model's component, one for all that happens in a turn of the event
+loop: `[model, role, items]`. An item is `["b", id, instance, rank, prompt_tokens, overlap_tokens, adapter]` (booked), `["f", ...]` (first
+token), `["g", ..., tokens]` (grew), `["x", ...]` (ended), `["s", [booking, ...]]` (all that is open: forget what was known) or `["?"]` (a
+newcomer, or one who missed something, asks everybody for `s`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import msgspec
+
+from dynamo_core.events.contract import Event, Gap, Left, Publisher
+from dynamo_core.routing.contract import RoutingRequest, Worker
+from dynamo_core.routing.router import Router
+from dynamo_core.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+TOPIC = "bookings"
+_PAUSE = 0.2
+"""Seconds between two answers to `?`, so that many newcomers get one."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decoder = msgspec.msgpack.Decoder(tuple[str, str, list[list[Any]]])
+
+
+class Replica:
+    """One router among its like. Implements `routing.router.Share`."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self._publisher: Publisher | None = None
+        self._outbox: list[list[Any]] = []
+        self._theirs: dict[int, dict[str, Worker]] = {}
+        """Open bookings of others, by publisher."""
+        self._answering: asyncio.TimerHandle | None = None
+
+    # -------------------------------------------------------------- what this router does
+
+    def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
+        self._say(_booking(request, worker, overlap_tokens))
+
+    def first_token(self, request_id: str, worker: Worker) -> None:
+        self._say(["f", request_id, *worker])
+
+    def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None:
+        self._say(["g", request_id, *worker, output_tokens])
+
+    def finished(self, request_id: str, worker: Worker) -> None:
+        self._say(["x", request_id, *worker])
+
+    def _say(self, item: list[Any]) -> None:
+        if self._publisher is None:
+            return
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(item)
+
+    def _flush(self) -> None:
+        items, self._outbox = self._outbox, []
+        if items and self._publisher is not None:
+            self._publisher.publish(_encode((self.router.model, self.router.role, items)))
+
+    # -------------------------------------------------------------- what others do
+
+    def connected(self, publisher: Publisher | None) -> None:
+        """From now on there is somebody to talk to (or not): ask what is open elsewhere."""
+        self._publisher = publisher
+        self._outbox.clear()
+        for who in list(self._theirs):
+            self.gone(who)
+        if publisher is not None:
+            self._say(["?"])
+
+    def missed(self) -> None:
+        self._say(["?"])
+
+    def gone(self, publisher: int) -> None:
+        """That router is no more, and nobody will tell how its requests end."""
+        for id, worker in self._theirs.pop(publisher, {}).items():
+            self.router.finished(id, worker, "cancelled")
+
+    def heard(self, publisher: int, items: list[list[Any]]) -> None:
+        for item in items:
+            match item:
+                case ["b", str(id), int(instance), int(rank), int(prompt), int(overlap), adapter]:
+                    self._book(publisher, id, Worker(instance, rank), prompt, overlap, adapter)
+                case ["f", str(id), int(instance), int(rank)]:
+                    self.router.first_token(_named(publisher, id), Worker(instance, rank))
+                case ["g", str(id), int(instance), int(rank), int(tokens)]:
+                    self.router.grew(_named(publisher, id), Worker(instance, rank), tokens)
+                case ["x", str(id), int(instance), int(rank)]:
+                    self._theirs.get(publisher, {}).pop(_named(publisher, id), None)
+                    self.router.finished(_named(publisher, id), Worker(instance, rank), "done")
+                case ["s", list(bookings)]:
+                    self.gone(publisher)
+                    self.heard(publisher, bookings)
+                case ["?"]:
+                    if self._answering is None:
+                        self._answering = asyncio.get_running_loop().call_later(_PAUSE, self._answer)
+                case _:
+                    log.debug("a booking of %x is of no known kind", publisher)
+
+    def _book(self, publisher: int, id: str, worker: Worker, prompt: int, overlap: int, adapter: str | None) -> None:
+        if worker in self.router.workers:
+            name = _named(publisher, id)
+            self._theirs.setdefault(publisher, {})[name] = worker
+            self.router.booked(RoutingRequest(name, self.router.model, prompt_tokens=prompt, adapter=adapter), worker, overlap, elsewhere=True)
+
+    def _answer(self) -> None:
+        self._answering = None
+        mine: list[list[Any]] = []
+        for request, worker, overlap, first, tokens in self.router.open_here():
+            mine.append(_booking(request, worker, overlap))
+            if first:
+                mine.append(["f", request.id, *worker])
+            if tokens:
+                mine.append(["g", request.id, *worker, tokens])
+        self._say(["s", mine])
+
+
+def _booking(request: RoutingRequest, worker: Worker, overlap: int) -> list[Any]:
+    return ["b", request.id, *worker, request.prompt_tokens or len(request.token_ids), overlap, request.adapter]
+
+
+def _named(publisher: int, id: str) -> str:
+    """Ids are unique in one frontend only."""
+    return f"{publisher:x}/{id}"
+
+
+class Replicas:
+    """The replicas of one frontend, joined to the event plane."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._of: dict[str, list[Replica]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._broken: dict[str, str] = {}
+        runtime.on_new_lease(self._again)
+
+    def follow(self, router: Router, component: str) -> None:
+        """Let `router` and those of other frontends for the same component know of each other."""
+        replicas = self._of.setdefault(component, [])
+        if all(replica.router is not router for replica in replicas):
+            replica = Replica(router)
+            router.share = replica
+            replicas.append(replica)
+            self._start(component)
+
+    def _start(self, component: str) -> None:
+        if (task := self._tasks.get(component)) is not None:
+            task.cancel()
+        self._tasks[component] = asyncio.create_task(self._keep(component), name=f"replicas {component}")
+
+    async def _keep(self, component: str) -> None:
+        delay = 0.2
+        while True:
+            publisher = None
+            try:
+                subscription = await self._runtime.subscribe(component, TOPIC)
+                try:
+                    publisher = await self._runtime.publisher(component, TOPIC)
+                    for replica in self._of[component]:
+                        replica.connected(publisher)
+                    self._broken.pop(component, None)
+                    delay = 0.2
+                    async for notice in subscription:
+                        self._take(component, notice)
+                finally:
+                    await subscription.close()
+            except Exception as e:
+                self._broken[component] = f"bookings of other frontends do not arrive: {e}"
+                log.warning("replicas of %s: %s", component, self._broken[component])
+            finally:
+                for replica in self._of[component]:
+                    replica.connected(None)
+                if publisher is not None:
+                    await publisher.close()
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, 5.0)
+
+    def _take(self, component: str, notice: Event | Gap | Left) -> None:
+        if notice.publisher == self._runtime.id:
+            return
+        match notice:
+            case Event(publisher, _, _, payload):
+                try:
+                    model, role, items = _decoder.decode(payload)
+                except msgspec.MsgspecError as e:
+                    log.debug("a message of %x is no bookings: %s", publisher, e)
+                    return
+                for replica in self._of[component]:
+                    if (replica.router.model, replica.router.role) == (model, role):
+                        replica.heard(publisher, items)
+            case Gap():
+                for replica in self._of[component]:
+                    replica.missed()
+            case Left(publisher):
+                for replica in self._of[component]:
+                    replica.gone(publisher)
+
+    async def _again(self) -> None:
+        """The lease is a new one: the publisher and the subscription of before are dead."""
+        for component in self._of:
+            self._start(component)
+
+    def problems(self) -> dict[str, str]:
+        return {f"replicas {component}": why for component, why in self._broken.items()}
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
