@@ -138,8 +138,10 @@ def consume_raw(addresses: str, size: int) -> None:
     while True:
         for socket, _ in poller.poll():
             worker, chains = sources[socket]
-            batch = decode(socket.recv_multipart()[2])
-            for change in chains.apply([BlocksStored(event.hashes, event.parent, event.token_ids) for event in batch.events]):
+            arrived: list[BlocksStored] = []
+            while socket.get(zmq.EVENTS) & zmq.POLLIN and len(arrived) < 64:
+                arrived += [BlocksStored(event.hashes, event.parent, event.token_ids) for event in decode(socket.recv_multipart()[2]).events]
+            for change in chains.apply(arrived):
                 index.apply(worker, change)
 
 
