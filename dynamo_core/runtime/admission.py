@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from dynamo_core.context import Context
-from dynamo_core.errors import WorkerDraining, WorkerOverloaded
+from dynamo_core.errors import StreamError, WorkerDraining, WorkerOverloaded
 
 
 class Admission:
@@ -19,8 +19,8 @@ class Admission:
         """Set by every output; the canary clears it to see whether anything moves."""
         self._idle = asyncio.Event()
         self._idle.set()
-        self.broken: str | None = None
-        """Why `break_all` ended what was in progress."""
+        self.broken: StreamError | None = None
+        """What `break_all` ended the requests in progress with."""
         self._serving: dict[Context, asyncio.Task[object] | None] = {}
         self._closed: str | None = None
 
@@ -54,9 +54,9 @@ class Admission:
             return False
         return True
 
-    def break_all(self, reason: str) -> None:
-        """Interrupt everything in progress, wherever it waits; `broken` tells it from a cancellation by the caller."""
-        self.broken = reason
+    def break_all(self, error: StreamError) -> None:
+        """End everything in progress with this error, wherever it waits; `broken` tells it from a cancellation by the caller."""
+        self.broken = error
         for task in list(self._serving.values()):
             if task is not None:
                 task.cancel()

@@ -181,8 +181,8 @@ class Worker:
         except asyncio.CancelledError:
             if admission.broken is None or context.cancelled:
                 raise
-            outcome = WorkerDraining.code
-            raise (EngineDead if self.dead.is_set() else WorkerDraining)(admission.broken) from None
+            outcome = admission.broken.code
+            raise admission.broken from None
         except BaseException as e:
             outcome = e.code if isinstance(e, DynamoError) else "internal"
             if not isinstance(e, DynamoError):
@@ -271,6 +271,10 @@ class Worker:
                     log.error("worker %s does not answer its canary and leaves discovery: %s", self.settings.name, e)
                 self._problem = f"canary: {e or type(e).__name__}"
                 await self.withdraw()
+                if not self.admission.moved:
+                    # Nothing came while the canary was out, either: whoever waits here is better off elsewhere.
+                    self.admission.break_all(EngineDead("the engine hangs: it answers neither requests nor its canary"))
+                self.admission.moved = False
             else:
                 if self._problem is not None:
                     log.warning("worker %s answers again", self.settings.name)
@@ -352,7 +356,7 @@ class Worker:
         if not await self.admission.idle(self.settings.drain_timeout):
             log.warning("worker %s: %d requests are still in progress after %g s; they move to other workers",
                         self.settings.name, self.admission.in_flight, self.settings.drain_timeout)
-            self.admission.break_all("this worker is leaving")
+            self.admission.break_all(WorkerDraining("this worker is leaving"))
             await self.admission.idle(2.0)
         if isinstance(self.engine, Drains):
             with contextlib.suppress(TimeoutError):

@@ -14,6 +14,7 @@ from dynamo_core.config.schema import Config
 from dynamo_core.config.schema import Worker as Settings
 from dynamo_core.engines.contract import HasMetrics
 from dynamo_core.errors import ConfigError, DynamoError, EngineFailed, Problem
+from dynamo_core.errors import EngineDead
 from dynamo_core.observability import tracing
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
@@ -78,7 +79,7 @@ async def _serve(worker: Worker, stop: asyncio.Event) -> int:
             if died.done() and not stopping.done():
                 # Streams have ended with EngineDead and move elsewhere; nothing is left to wait for.
                 await worker.withdraw()
-                worker.admission.break_all("the engine died")
+                worker.admission.break_all(EngineDead("the engine died"))
                 await worker.admission.idle(2.0)
             else:
                 await worker.drain()

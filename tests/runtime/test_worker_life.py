@@ -146,6 +146,20 @@ async def test_an_engine_that_hangs_leaves_discovery_until_it_answers() -> None:
         assert it.worker.problems() == {}
 
 
+async def test_requests_on_an_engine_that_hangs_end_so_that_they_can_move() -> None:
+    async with bench() as it:
+        reading, got = it.read(1000)
+        await it.until(lambda: got)
+        it.engine.hang = True
+        ended = await reading
+        assert isinstance(ended, EngineDead)
+        assert ended.migratable
+        it.engine.hang = False
+        await it.until(lambda: not it.worker.problems())
+        after, _ = it.read(5)
+        assert await after is None
+
+
 async def test_a_canary_that_breaks_in_an_unknown_way_is_a_problem_and_not_the_end_of_canaries() -> None:
     async with bench() as it:
         it.engine.broken = ZeroDivisionError("division by zero")
