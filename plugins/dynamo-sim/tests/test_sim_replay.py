@@ -136,6 +136,18 @@ def test_load_reports_reach_policies_that_want_them(plugins: Plugins) -> None:
     assert about.requests == 100
 
 
+def test_frontends_that_tell_each_other_do_not_herd(plugins: Plugins) -> None:
+    trace = chats(400, rate=24.0, seed=1)
+    told, alone = (replayed(plugins, trace, Use("least-loaded"), frontends=4, share=share)[1] for share in (True, False))
+    assert told.ttft_ms.mean < alone.ttft_ms.mean
+
+
+def test_how_slow_this_machine_is_decides_nothing(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(10**9))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    assert not replayed(plugins, chats(60, seed=1), Use("kv-plus"))[1].faults
+
+
 def test_the_report_adds_up(plugins: Plugins) -> None:
     trace = prefixes(200, rate=10.0, seed=1)
     outcome, about = replayed(plugins, trace, Use("kv"))

@@ -38,7 +38,8 @@ def replay(
     workers: Annotated[int, Parameter(name="--workers", help="Simulated workers.")] = 4,
     rate: Annotated[float, Parameter(name="--rate", help="Arrivals come so many times faster than in the trace.")] = 1.0,
     concurrency: Annotated[int | None, Parameter(name="--concurrency", show_default=False, help=_CLOSED)] = None,
-    frontends: Annotated[int, Parameter(name="--frontends", help="Routers that share the requests, each with its own view.")] = 1,
+    frontends: Annotated[int, Parameter(name="--frontends", help="Routers among which the requests are divided.")] = 1,
+    share: Annotated[bool, Parameter(name="--share", help="Frontends tell each other what they book.")] = True,
     timing: Annotated[Literal["polynomial", "linear", "roofline"], Parameter(name="--timing", help="How long a step takes.")] = "polynomial",
     engine_speedup: Annotated[float, Parameter(name="--engine-speedup", help="Steps take so many times less.")] = 1.0,
     blocks: Annotated[int, Parameter(name="--blocks", help="KV blocks of a worker.")] = 16384,
@@ -60,7 +61,7 @@ def replay(
     options = _options(
         lambda: Options(
             workers, Limits(total_blocks=blocks, block_size=block_size, max_sequences=max_sequences, max_batched_tokens=max_batched_tokens), timing,
-            engine_speedup, rate, concurrency, frontends, event_lag, seed,
+            engine_speedup, rate, concurrency, frontends, share, event_lag, seed,
         )
     )
     if max_batched_tokens < max_sequences:

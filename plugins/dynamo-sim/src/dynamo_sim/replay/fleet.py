@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import attrs
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -38,17 +40,46 @@ def _placed(decision: Decision | None) -> Placed | None:
     return None if decision is None or decision.worker is None else Placed(decision.worker.instance - 1, decision.overlap_tokens)
 
 
+class _Told:
+    """The share of a router: what it books, the routers of other frontends hear at once, less the prompt."""
+
+    def __init__(self, others: Sequence[Router]) -> None:
+        self._others = others
+
+    def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
+        bare = attrs.evolve(request, token_ids=())
+        for router in self._others:
+            router.booked(bare, worker, overlap_tokens, elsewhere=True)
+
+    def first_token(self, request_id: str, worker: Worker) -> None:
+        for router in self._others:
+            router.first_token(request_id, worker)
+
+    def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None:
+        for router in self._others:
+            router.grew(request_id, worker, output_tokens)
+
+    def finished(self, request_id: str, worker: Worker) -> None:
+        for router in self._others:
+            router.finished(request_id, worker, "done")
+
+
 class Routers:
     """The routers of several frontends before one fleet. Request i goes through router `i % len(routers)`."""
 
-    def __init__(self, config: RouterConfig, plugins: Plugins, workers: int, limits: Limits, *, count: int = 1, seed: int = 0, wall: float = 0.0) -> None:
-        """:param wall: Unix time at which the trace begins."""
+    def __init__(self, config: RouterConfig, plugins: Plugins, workers: int, limits: Limits, *, count: int = 1, share: bool = True, seed: int = 0) -> None:
+        """:param share: routers tell each other what they book, as frontends do."""
         self.now = 0.0
         """Seconds of virtual time."""
         self.workers = [Worker(i + 1) for i in range(workers)]
         self.routers = [
-            Router(MODEL, build_stack(config, plugins), seed=seed + i, decisions=0, clock=lambda: self.now, wall=lambda: wall + self.now) for i in range(count)
+            Router(MODEL, build_stack(config, plugins), seed=seed + i, decisions=0, clock=lambda: self.now, wall=lambda: self.now) for i in range(count)
         ]
+        for router in self.routers:
+            router.patience.budget = math.inf  # how busy this machine is must not decide anything
+            if share and count > 1:
+                router.share = _Told([other for other in self.routers if other is not router])
+        self._stirs_all = share
         self._encode = msgspec.msgpack.Encoder().encode
         self.takes_load = any("load" in router.event_topics() for router in self.routers)
         card = ModelCard(
@@ -112,8 +143,10 @@ class Routers:
     def _of(self, number: int, *, stirs: bool = True) -> Router:
         """The router that the request went through."""
         k = number % len(self.routers)
-        if stirs and (queue := self._queues[k]) is not None and len(queue):
-            self._stirred[k] = None
+        if stirs:
+            for at in range(len(self._queues)) if self._stirs_all else (k,):
+                if (queue := self._queues[at]) is not None and len(queue):
+                    self._stirred[at] = None
         return self.routers[k]
 
     def changed(self, row: int, changes: Sequence[tuple[bool, NDArray[np.uint64]]]) -> None:

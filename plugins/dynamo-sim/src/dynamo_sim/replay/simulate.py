@@ -42,6 +42,8 @@ class Options:
     concurrency: int | None = attrs.field(default=None, validator=v.optional(v.ge(1)))
     """Closed loop: so many requests are always in progress, and arrival times mean nothing."""
     frontends: int = attrs.field(default=1, validator=v.ge(1))
+    share: bool = True
+    """Frontends tell each other what they book."""
     event_lag_ms: float = attrs.field(default=0.0, validator=v.ge(0))
     """How late routers hear of what caches store and remove."""
     seed: int = 0
@@ -107,7 +109,7 @@ class _Run:
         self.options = options
         self.progress = progress
         self.size = options.limits.block_size
-        self.routers = Routers(config, plugins, workers, options.limits, count=options.frontends, seed=options.seed)
+        self.routers = Routers(config, plugins, workers, options.limits, count=options.frontends, share=options.share, seed=options.seed)
         timing = options.make_timing()
         self.engines = [
             BlockEngine(options.limits, timing, self, cache_events=self.routers.takes_changes, speedup=options.engine_speedup) for _ in range(workers)
