@@ -45,7 +45,8 @@ class Peer:
         self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, do: str, **task: Any) -> Any:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"do": do, **task}) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

@@ -93,7 +93,8 @@ def over_zmq(command: Sequence[str], blocks: int, size: int) -> float:
     ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in sockets]
     payloads = [(worker, as_vllm(event, size)) for worker, event in events(blocks, size)]
     addresses = [f"tcp://127.0.0.1:{port}" for port in ports]
-    process = subprocess.Popen([part.format(addresses=",".join(f"{i}={a}" for i, a in enumerate(addresses, 1))) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    named = ",".join(f"{i}={address}" for i, address in enumerate(addresses, 1))
+    process = subprocess.Popen([part.format(addresses=named) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         time.sleep(4.0)
         before = settled(process.pid)
@@ -158,7 +159,7 @@ def _card(size: int) -> ModelCard:
 
 async def _follow(folder: str, size: int) -> None:
     async with Runtime.open(_config(folder), Plugins.load()) as runtime:
-        while not (found := await runtime.discovery.items(names.instances("dynamo"))):
+        while not (found := await runtime.discovery.items(names.instances("dynamo"))):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         instance = msgspec.json.decode(next(iter(found.values())), type=Instance)
         router = Router("model", build_stack(runtime.config.router, runtime.plugins))
@@ -184,7 +185,7 @@ async def _relay(blocks: int, size: int) -> tuple[float, float]:
             relay = KvRelay(_card(size), b"benchmark", lambda payload: void(publisher.publish(payload)))
             await runtime.serve("backend", {names.KV_STATE: relay.answer})
             await runtime.announce("backend", names.GENERATE, b"{}")
-            process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size)])
+            process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size)])  # noqa: ASYNC220
             try:
                 await asyncio.sleep(4.0)
                 before = await asyncio.to_thread(settled, process.pid)
@@ -211,7 +212,8 @@ def pipelines(peer: str | None, quick: bool) -> None:
     print("\nfrom ZeroMQ to the index, CPU ns a block of the consuming process; 32 blocks an event, 4 workers, 100k blocks a second")
     blocks = 51_200 if quick else 204_800
     for size in (16, 64):
-        theirs = over_zmq([peer, "-m", "dynamo.indexer", "--block-size", str(size), "--threads", "1", "--port", "18090", "--workers", "{addresses}"], blocks, size) if peer else None
+        indexer = [peer or "", "-m", "dynamo.indexer", "--block-size", str(size), "--threads", "1", "--port", "18090", "--workers", "{addresses}"]
+        theirs = over_zmq(indexer, blocks, size) if peer else None
         raw = over_zmq([sys.executable, "-m", "benchmarks.kv_index_pipe", "raw", "{addresses}", str(size)], blocks, size)
         edge, relay = asyncio.run(_relay(blocks, size))
         print(f"blocks of {size:>2} tokens: raw events {versus(raw, theirs)};  news of relays {versus(edge, theirs)} "

@@ -44,7 +44,7 @@ def test_a_gap_is_asked_for_and_what_came_after_it_waits(source: Source):
     assert keys(source.take(news(6, 60), 0.0, HASHER)) == []
     assert source.lost
     assert (source.ask().stream, source.ask().after) == (5, 3)
-    assert [whole for whole in [source.answered([news(4, 40), news(5, 50)])[0]]] == [False]
+    assert source.answered([news(4, 40), news(5, 50)])[0] is False
     assert keys(source.resumed()) == [60]
     assert not source.lost
 
