@@ -36,12 +36,8 @@ class Stream:
         self.kept[tokens] = self.last, value
         return self.last
 
-    def purge(self, tokens: str, sequence: int) -> None:
-        wanted = tokens.split(".")
-        for subject, (number, _) in list(self.kept.items()):
-            parts = subject.split(".")
-            if number <= sequence and len(parts) == len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True)):
-                del self.kept[subject]
+    def remove(self, sequence: int) -> None:
+        self.kept = {tokens: kept for tokens, kept in self.kept.items() if kept[0] != sequence}
 
     def read_anew(self) -> dict[str, Put]:
         reader = Ledger(lambda _: None, lambda _: None)
@@ -86,8 +82,8 @@ def test_the_remains_of_the_stream_mean_what_the_stream_meant(steps, sweeps) -> 
                     sweep(live, stream)
                     continue
             live.read(tokens, value, stream.write(tokens, value))
-            for old, sequence in live.garbage():
-                stream.purge(old, sequence)
+            for sequence in live.garbage():
+                stream.remove(sequence)
             assert stream.read_anew() == told == {key: record.put for key, record in live.records.items()}
         for _ in range(sweeps):
             sweep(live, stream)
@@ -97,8 +93,8 @@ def test_the_remains_of_the_stream_mean_what_the_stream_meant(steps, sweeps) -> 
 
 
 def sweep(live: Ledger, stream: Stream) -> None:
-    for _, _, tokens, sequence in sorted(live._garbage):
-        stream.purge(tokens, sequence)
+    for _, sequence in sorted(live._garbage):
+        stream.remove(sequence)
     live._garbage.clear()
 
 
@@ -112,8 +108,8 @@ async def test_what_means_nothing_any_more_is_removed_after_a_while(monkeypatch)
     async with asyncio.timeout(20):
         while stream.kept:
             await asyncio.sleep(0.02)
-            for tokens, sequence in live.garbage():
-                stream.purge(tokens, sequence)
+            for sequence in live.garbage():
+                stream.remove(sequence)
 
 
 async def test_a_message_that_is_none_is_an_error_and_changes_nothing() -> None:

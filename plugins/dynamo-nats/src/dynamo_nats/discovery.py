@@ -112,6 +112,8 @@ class NatsDiscovery(NatsOptions):
     _leases: dict[int, NatsLease] = attrs.field(init=False, factory=dict, repr=False)
     _watchers: set[Watcher] = attrs.field(init=False, factory=set, repr=False)
     _waiting: list[tuple[int, asyncio.Future[None]]] = attrs.field(init=False, factory=list, repr=False)
+    _barrier: int = attrs.field(init=False, default=0, repr=False)
+    _target: int = attrs.field(init=False, default=0, repr=False)
     _applied: int = attrs.field(init=False, default=0, repr=False)
     _looker: asyncio.Task[None] | None = attrs.field(init=False, default=None, repr=False)
 
@@ -147,7 +149,7 @@ class NatsDiscovery(NatsOptions):
                     if isinstance(error, Exception):
                         log.warning("left a lease to expire by itself: %s", error)
                 if self._connection is not None and self._connection.up:
-                    await self._purge(f"b.{self._me}", None)
+                    await self._remove(self._barrier)
         await self._leave()
 
     async def _leave(self) -> None:
@@ -253,8 +255,8 @@ class NatsDiscovery(NatsOptions):
                 for lease, sequence in self._ledger.silent(_GRACE):
                     with suppress(_Overtaken):
                         await self._write(f"l.{lease:x}", b"", after=sequence)
-                for tokens, sequence in self._ledger.garbage():
-                    await self._purge(tokens, sequence)
+                for sequence in self._ledger.garbage():
+                    await self._remove(sequence)
 
     def _lease_ended(self, lease: int) -> None:
         if (mine := self._leases.pop(lease, None)) is not None:
@@ -278,14 +280,15 @@ class NatsDiscovery(NatsOptions):
         except (NatsError, TimeoutError) as e:
             raise StoreUnavailable(f"NATS did not store within {self.timeout:g} s: {e or type(e).__name__}") from e
 
-    async def _purge(self, tokens: str, sequence: int | None) -> None:
-        with suppress(NatsError, TimeoutError):
-            manager = self._open().client.jetstream(timeout=self.timeout)
-            await manager.purge_stream(self._stream.name, seq=None if sequence is None else sequence + 1, subject=f"{self.prefix}.discovery.{tokens}")
+    async def _remove(self, sequence: int) -> None:
+        """By its number, and never by purging a subject: nats-server 2.9 skips messages of other subjects for readers that are a moment behind."""
+        with suppress(NatsError, TimeoutError):  # most often, somebody else has removed it
+            await self._open().client.jetstream(timeout=self.timeout).delete_msg(self._stream.name, sequence)
 
     async def _sync(self) -> None:
         """Return once everything has been read that was in the stream when this was called."""
-        await self._reach(await self._write(f"b.{self._me}", b""))
+        self._barrier = await self._write(f"b.{self._me}", b"")
+        await self._reach(self._barrier)
 
     async def _reach(self, sequence: int) -> None:
         if self._applied >= sequence and self._ledger.complete:
@@ -313,6 +316,7 @@ class NatsDiscovery(NatsOptions):
         self._wiped = self._created is not None and created != self._created
         self._created = created
         self._applied = 0
+        self._target = stream.state.last_seq
         self._ledger.begin()
 
     def _message(self, message: Msg, sequence: int, behind: int) -> None:
@@ -322,7 +326,7 @@ class NatsDiscovery(NatsOptions):
         except (ValueError, msgspec.DecodeError) as e:
             log.warning("skipped a message of the discovery stream that is not understood: %s: %s", tokens, e)
         self._applied = sequence
-        if not self._ledger.complete and behind == 0:
+        if not self._ledger.complete and (behind == 0 or sequence >= self._target):
             self._finish()
         if self._ledger.complete and self._waiting:
             for wanted, reached in self._waiting:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 import random
 from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Callable
@@ -25,6 +24,10 @@ from dynamo_core.discovery.contract import Delete, Put
 
 GARBAGE = 60.0
 """Seconds after which messages that mean nothing any more are removed. Who reads the stream anew meanwhile understands them."""
+
+# Parts of that time. A record goes before the message that says why it does not count. A record that another one stands for goes at once: should that
+# one be replaced by a message that does not count, this one would seem to count again.
+_SUPERSEDED, _RECORD, _MARKER = 0.0, 1.0, 2.0
 
 
 @attrs.define
@@ -69,12 +72,12 @@ class Ledger:
         self._changed = changed
         self._ended = ended
         self._reading: _Reading | None = None
-        self._garbage: list[tuple[float, int, str, int]] = []
+        self._garbage: list[tuple[float, int]] = []
+        """When to remove which message."""
         self._barriers: dict[str, tuple[int, float]] = {}
         """Numbers and when we read them, the oldest first. There is one for each process."""
         self._patience = GARBAGE * (1 + random.random())
         """Everybody removes the same things: not at the same moment."""
-        self._numbers = itertools.count()
         self._loop = asyncio.get_running_loop()
 
     # ------------------------------------------------------------------ reading anew
@@ -92,19 +95,20 @@ class Ledger:
         for record in reading.records.values():
             lease = record.put.lease
             if lease is not None and lease not in leases and record.sequence > reading.leases.get(lease, (0, None))[0]:
-                self._drop(record.tokens, record.sequence)  # written behind the end of its lease
+                self._drop(record.sequence, _RECORD)  # written behind the end of its lease
                 continue
             before = newest.setdefault(record.put.key, record)
             if before is not record:
                 older, newest[record.put.key] = sorted((before, record), key=lambda either: either.sequence)
-                self._drop_superseded(older)
-        for lease, (sequence, ttl) in reading.leases.items():
-            if ttl is None:
-                self._drop_lease(lease, sequence)
-        for key, sequence in reading.deletes.items():
-            self._drop_key(key, sequence)
-        present = {key: record for key, record in newest.items()
-                   if record.sequence > reading.deletes.get(key, 0) and (record.put.lease is None or record.put.lease in leases)}
+                self._drop(older.sequence, _SUPERSEDED)
+        present: dict[str, Record] = {}
+        for key, record in newest.items():
+            if record.sequence > reading.deletes.get(key, 0) and (record.put.lease is None or record.put.lease in leases):
+                present[key] = record
+            else:
+                self._drop(record.sequence, _RECORD)
+        for sequence in (*reading.deletes.values(), *(sequence for sequence, ttl in reading.leases.values() if ttl is None)):
+            self._drop(sequence, _MARKER)
         self.complete = True
         return present, leases
 
@@ -124,7 +128,7 @@ class Ledger:
                 self._reading.deletes[_key(rest)] = sequence
             else:
                 self._remove(_key(rest))
-                self._drop_key(_key(rest), sequence)
+                self._drop(sequence, _MARKER)
         elif kind == "l":
             ttl = msgspec.json.decode(value, type=_Beat).ttl if value else None
             if self._reading is not None:
@@ -138,11 +142,11 @@ class Ledger:
     def _put(self, record: Record) -> None:
         lease = record.put.lease
         if lease is not None and lease not in self.leases:
-            self._drop(record.tokens, record.sequence)
+            self._drop(record.sequence, _RECORD)
             return
         before = self.records.get(record.put.key)
         if before is not None and before.tokens != record.tokens:
-            self._drop_superseded(before)
+            self._drop(before.sequence, _SUPERSEDED)
         self.records[record.put.key] = record
         self._changed(record.put)
 
@@ -153,11 +157,12 @@ class Ledger:
         if self.leases.pop(lease, None) is not None:
             for key in [key for key, record in self.records.items() if record.put.lease == lease]:
                 self._remove(key)
-        self._drop_lease(lease, sequence)
+        self._drop(sequence, _MARKER)
         self._ended(lease)
 
     def _remove(self, key: str) -> None:
-        if self.records.pop(key, None) is not None:
+        if (record := self.records.pop(key, None)) is not None:
+            self._drop(record.sequence, _RECORD)
             self._changed(Delete(key))
 
     # ------------------------------------------------------------------ time
@@ -172,34 +177,21 @@ class Ledger:
         now = self._loop.time()
         return [(lease, state.sequence) for lease, state in self.leases.items() if now - state.heard > state.ttl + grace]
 
-    def garbage(self) -> list[tuple[str, int]]:
-        """Tokens (perhaps with a `*`) and numbers: up to those, what stands there can be removed now."""
-        due: list[tuple[str, int]] = []
-        while self._garbage and self._garbage[0][0] <= self._loop.time():
-            _, _, tokens, sequence = heapq.heappop(self._garbage)
-            due.append((tokens, sequence))
+    def garbage(self) -> list[int]:
+        """The numbers of messages that can be removed now."""
+        now = self._loop.time()
+        due: list[int] = []
+        while self._garbage and self._garbage[0][0] <= now:
+            due.append(heapq.heappop(self._garbage)[1])
         for tokens, (sequence, read) in list(self._barriers.items()):
-            if self._loop.time() - read < 10 * self._patience:
+            if now - read < 10 * self._patience:
                 break
             del self._barriers[tokens]
-            due.append((tokens, sequence))
+            due.append(sequence)
         return due
 
-    def _drop(self, tokens: str, sequence: int, delay: float = 1.0) -> None:
-        heapq.heappush(self._garbage, (self._loop.time() + delay * self._patience, next(self._numbers), tokens, sequence))
-
-    def _drop_superseded(self, record: Record) -> None:
-        """At once: should the message that stands for it now be replaced by one that does not count, this one would seem to count again."""
-        self._drop(record.tokens, record.sequence, 0.0)
-
-    def _drop_lease(self, lease: int, sequence: int) -> None:
-        """First the records, and only later the message that says why they do not count."""
-        self._drop(f"k.*.{lease:x}", sequence)
-        self._drop(f"l.{lease:x}", sequence, 2.0)
-
-    def _drop_key(self, key: str, sequence: int) -> None:
-        self._drop(f"k.{token(key)}.*", sequence)
-        self._drop(f"d.{token(key)}", sequence, 2.0)
+    def _drop(self, sequence: int, delay: float) -> None:
+        heapq.heappush(self._garbage, (self._loop.time() + delay * self._patience, sequence))
 
 
 def token(key: str) -> str:
