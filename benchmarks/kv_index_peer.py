@@ -14,7 +14,7 @@ from kv_index_scenes import BLOCK, NOISE, calls_for, depths, hashes, lower_quart
 
 
 def stored(number: int, names: list[int], parts: list[int], parent: int | None = None) -> bytes:
-    blocks = [{"block_hash": name, "tokens_hash": part} for name, part in zip(names, parts)]
+    blocks = [{"block_hash": name, "tokens_hash": part} for name, part in zip(names, parts, strict=True)]
     return json.dumps({"event_id": number, "data": {"stored": {"parent_hash": parent, "blocks": blocks}}, "dp_rank": 0}).encode()
 
 

@@ -223,7 +223,7 @@ class Load:
         self.running = False
         window = time.perf_counter() - start
         deadline = time.perf_counter() + DRAIN
-        while self.in_flight and time.perf_counter() < deadline:  # noqa: ASYNC110
+        while self.in_flight and time.perf_counter() < deadline:
             await asyncio.sleep(0.01)
         elapsed = time.perf_counter() - start
         own = time.process_time() - own

@@ -53,7 +53,8 @@ async def _demo(file: Path, overrides: tuple[str, ...], config: Config, plugins:
                 screen.say_tail()
             url = showing.result()
             if sys.stdout.isatty():
-                screen.say(f"\nserving until Ctrl-C:\n  {url}/v1/chat/completions\n  {url}/v1/models   {url}/metrics   {url}/debug/fleet\n  dynamo chat --url {url}")
+                screen.say(f"\nserving until Ctrl-C:\n  {url}/v1/chat/completions\n  {url}/v1/models   {url}/metrics   {url}/debug/fleet\n"
+                           f"  dynamo chat --url {url}")
                 await stopping
         for task in (stopping, showing):
             task.cancel()

@@ -34,7 +34,8 @@ class LocalStack:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, path: Path | None, overrides: Sequence[str], config: Config, plugins: Plugins, say: Callable[[str, str], None]) -> AsyncGenerator[LocalStack]:
+    async def open(cls, path: Path | None, overrides: Sequence[str], config: Config, plugins: Plugins,
+                   say: Callable[[str, str], None]) -> AsyncGenerator[LocalStack]:
         """:param say: receives (child name, line) for everything that the children print."""
         if config.discovery.name == "memory" or config.request_plane.name == "in-process":
             raise ConfigError(Problem("`dynamo up` starts a process for each role, and they cannot meet through memory",

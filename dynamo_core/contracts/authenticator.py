@@ -48,7 +48,7 @@ class AuthenticatorContract:
     async def test_a3_what_is_close_to_a_credential_is_refused(self, authenticator: Authenticator, callers: Callers) -> None:
         for headers in callers.values():
             for close in _near_misses(headers["authorization"]):
-                with pytest.raises(Unauthorized):
+                with pytest.raises(Unauthorized):  # noqa: PT012
                     await authenticator.authenticate({**headers, "authorization": close})
                     pytest.fail(f"accepted a changed credential: {close[:12]}...{close[-6:]} ({len(close)} characters)")
 

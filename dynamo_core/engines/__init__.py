@@ -16,5 +16,6 @@ from dynamo_core.engines.contract import (
 )
 
 __all__ = [
-    "BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics", "KvEvent", "Probes", "admit",
+    "BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics",
+    "KvEvent", "Probes", "admit",
 ]

@@ -148,7 +148,8 @@ class FleetCatalog:
             "problems": self.problems(),
             "request_plane": self._config.request_plane.name, "event_plane": self._config.event_plane.name, "discovery": self._config.discovery.name,
             "router": self.stacks.status(),
-            "stacks": {f"{name}/{role}": dispatcher.router.stack.describe() for name, model in sorted(self._models.items()) for role, dispatcher in model.dispatchers.items()},
+            "stacks": {f"{name}/{role}": dispatcher.router.stack.describe()
+                       for name, model in sorted(self._models.items()) for role, dispatcher in model.dispatchers.items()},
         }
 
     def problems(self) -> dict[str, str]:
@@ -162,7 +163,8 @@ class FleetCatalog:
     def _joined(self, instance: Instance, card: ModelCard) -> None:
         if instance.endpoint == names.generate(card.adapter):
             self._partings.listed(instance)
-            if any((member := model.members.get(instance.id)) is not None and member.instance == instance and member.card != card for model in self._models.values()):
+            known = [model.members[instance.id] for model in self._models.values() if instance.id in model.members]
+            if any(member.instance == instance and member.card != card for member in known):
                 self._gone(instance)
             self._announced[_offer(instance)] = card
             self._admitting[_offer(instance)] = asyncio.create_task(self._admit(instance, card), name=f"admit {instance.label}")

@@ -145,5 +145,6 @@ def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str
     """What policies may know about this request."""
     return RoutingRequest(
         id=request.id, model=request.model, token_ids=request.token_ids, prompt_tokens=len(request.token_ids), hints=request.hints,
-        adapter=request.adapter, cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant, media=request.media or (),
+        adapter=request.adapter, cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant,
+        media=request.media or (),
     )

@@ -48,7 +48,8 @@ class PipelineFamilies:
                                            ["model", "migration_type", "outcome"], buckets=(.001, .005, .01, .05, .1, .5, 1, 5, 15, 60), registry=registry)
         self.model_ready = Gauge("dynamo_frontend_model_ready", "1 when the model is served.", ["model"], registry=registry)
         self.workers = Gauge("dynamo_frontend_workers", "Workers by state: registered, or ready to serve.", ["model", "state"], registry=registry)
-        self.faults = Counter("dynamo_router_policy_faults", "Decisions for which a policy was skipped because it broke its contract.", ["policy"], registry=registry)
+        self.faults = Counter("dynamo_router_policy_faults", "Decisions for which a policy was skipped because it broke its contract.", ["policy"],
+                              registry=registry)
         self.queue = QueueFamilies(registry)
         self.regret = Counter("dynamo_router_regret_tokens", "Cached prompt tokens that were passed by, or believed in and not there, by cause.",
                               ["model", "cause"], registry=registry)

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 class FleetWatch:
     """Calls `joined(instance, card)` and `left(instance)` for each worker of a namespace, each once and in turn."""
 
-    def __init__(self, runtime: Runtime, joined: Callable[[Instance, ModelCard], None], left: Callable[[Instance], None], *, namespace: str | None = None) -> None:
+    def __init__(self, runtime: Runtime, joined: Callable[[Instance, ModelCard], None], left: Callable[[Instance], None], *,
+                 namespace: str | None = None) -> None:
         self._runtime = runtime
         self._namespace = namespace or runtime.config.namespace
         self._joined = joined

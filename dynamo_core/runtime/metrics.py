@@ -25,7 +25,8 @@ class WorkerMetrics:
         self._prompt = Counter("dynamo_component_prompt_tokens", "Prompt tokens received.", names, registry=registry).labels(**labels)
         self._output = Counter("dynamo_component_output_tokens", "Tokens generated.", names, registry=registry).labels(**labels)
         self._in_flight = Gauge("dynamo_component_inflight_requests", "Requests in progress.", names, registry=registry).labels(**labels)
-        self._load_time = Gauge("dynamo_component_model_load_time_seconds", "From process start of the engine to ready.", names, registry=registry).labels(**labels)
+        self._load_time = Gauge("dynamo_component_model_load_time_seconds", "From process start of the engine to ready.", names,
+                                registry=registry).labels(**labels)
         self._total_blocks = Gauge("dynamo_component_total_blocks", "KV blocks that the engine has.", names, registry=registry).labels(**labels)
         ranked = [*names, "dp_rank"]
         self._running = Gauge("dynamo_component_engine_running", "Sequences that the engine works on.", ranked, registry=registry)

@@ -13,8 +13,7 @@ from dynamo_core.config import build
 from dynamo_core.config.schema import Config
 from dynamo_core.config.schema import Worker as Settings
 from dynamo_core.engines.contract import HasMetrics
-from dynamo_core.errors import ConfigError, DynamoError, EngineFailed, Problem
-from dynamo_core.errors import EngineDead
+from dynamo_core.errors import ConfigError, DynamoError, EngineDead, EngineFailed, Problem
 from dynamo_core.observability import tracing
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names

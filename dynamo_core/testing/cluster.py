@@ -116,7 +116,7 @@ class Cluster:
     async def wait_ready(self, workers: int, timeout: float = 20.0) -> None:
         """Wait until this many workers are proven."""
         async with asyncio.timeout(timeout):
-            while sum(w["proven"] for model in self.catalog.status()["models"].values() for w in model["workers"]) != workers:
+            while sum(w["proven"] for model in self.catalog.status()["models"].values() for w in model["workers"]) != workers:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
     @property
