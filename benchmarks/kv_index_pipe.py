@@ -159,7 +159,7 @@ def _card(size: int) -> ModelCard:
 
 async def _follow(folder: str, size: int) -> None:
     async with Runtime.open(_config(folder), Plugins.load()) as runtime:
-        while not (found := await runtime.discovery.items(names.instances("dynamo"))):  # noqa: ASYNC110
+        while not (found := await runtime.discovery.items(names.instances("dynamo"))):
             await asyncio.sleep(0.05)
         instance = msgspec.json.decode(next(iter(found.values())), type=Instance)
         router = Router("model", build_stack(runtime.config.router, runtime.plugins))
@@ -185,7 +185,7 @@ async def _relay(blocks: int, size: int) -> tuple[float, float]:
             relay = KvRelay(_card(size), b"benchmark", lambda payload: void(publisher.publish(payload)))
             await runtime.serve("backend", {names.KV_STATE: relay.answer})
             await runtime.announce("backend", names.GENERATE, b"{}")
-            process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size)])  # noqa: ASYNC220
+            process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size)])
             try:
                 await asyncio.sleep(4.0)
                 before = await asyncio.to_thread(settled, process.pid)
