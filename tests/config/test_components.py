@@ -46,7 +46,7 @@ class Rich:
     either: int | str = 0
     wait: timedelta = timedelta(seconds=1)
     anything: Any = None
-    inner: Use | None = choice("discovery")  # noqa: RUF009
+    inner: Use | None = choice("discovery")
     low: int = 0
     high: int = attrs.field(default=10)
     _private: int = 5
@@ -73,7 +73,7 @@ class Required:
 
 @attrs.frozen
 class Unresolved:
-    odd: NoSuchType = None  # type: ignore[name-defined]  # noqa: F821
+    odd: NoSuchType = None  # type: ignore[name-defined]
     even: int = 2
 
 

@@ -42,7 +42,7 @@ class Honest(EchoEngine):
     """Echo with a limited number of places and a report of its load: the engine that all faults are planted in."""
 
     places = 8
-    promises: dict[str, Any] = {}  # noqa: RUF012
+    promises: dict[str, Any] = {}
 
     def __init__(self) -> None:
         super().__init__(context_length=CONTEXT)
@@ -391,13 +391,13 @@ class IgnoresLogprobs(Altered):
 class PromisesLogprobsAndForgets(Honest):
     """G9"""
 
-    promises = {"capabilities": ("logprobs",)}  # noqa: RUF012
+    promises = {"capabilities": ("logprobs",)}
 
 
 class PromisesBiasAndForgets(Altered):
     """G9"""
 
-    promises = {"capabilities": ("logit_bias",)}  # noqa: RUF012
+    promises = {"capabilities": ("logit_bias",)}
 
 
 class TakesAnyAdapter(Altered):
@@ -431,7 +431,7 @@ class ServesWhateverDigest(Honest):
 class PromisesEventsAndSendsNone(Honest):
     """G9"""
 
-    promises = {"kv_events": True}  # noqa: RUF012
+    promises = {"kv_events": True}
 
 
 class SendsEventsUnasked(Honest):
