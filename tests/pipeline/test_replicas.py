@@ -42,7 +42,7 @@ def seen(catalog: FleetCatalog, fact=IN_FLIGHT) -> int:
 
 
 async def start(catalog: FleetCatalog, id: str, tokens: int = 20):
-    request = Request(id=id, model=catalog.models()[0].name, token_ids=list(range(65, 65 + tokens)), stops=Stops(max_tokens=6))
+    request = Request(id=id, model=catalog.models()[0].name, token_ids=list(range(65, 65 + tokens)), stops=Stops(max_tokens=1))
     return await catalog.models()[0].start(request, TextOptions(), Context(id))
 
 

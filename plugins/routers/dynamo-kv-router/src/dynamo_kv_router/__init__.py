@@ -21,3 +21,4 @@ def dynamo_register(registry: Registry) -> None:
     registry.facts("adapters", "dynamo_kv_router.adapters:Adapters", summary="who has which LoRA adapter")
     registry.filter("adapter", "dynamo_kv_router.adapters:AdapterFilter", summary="drops workers that cannot serve the adapter")
     registry.scorer("adapter-affinity", "dynamo_kv_router.adapters:AdapterAffinity", summary="prefers workers that have the adapter in memory")
+    registry.cli("router", "dynamo_kv_router.command:router", summary="route for others, over a request plane and HTTP")

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dynamo_core.cli.options import ConfigFile, Overrides
+from dynamo_core.config import load_with_plugins
+from dynamo_core.config.schema import Config, Status
+from dynamo_core.plugins import Plugins
+
+log = logging.getLogger(__name__)
+
+
+def router(
+    file: ConfigFile = None, /, *,
+    component: Annotated[str, Parameter(help="The component name in `namespace.component.endpoint`.")] = "router",
+    host: Annotated[str, Parameter(help="Answer HTTP on this address.")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="... and this port; 0 takes any free one.")] = 8092,
+    overrides: Overrides = (),
+) -> int:
+    """Route for others: answer best_worker, overlap_scores, load, dump and generate, over the request plane and HTTP."""
+    from dynamo_core.observability import logs
+    from dynamo_core.runtime.process import run_role
+
+    config, plugins = load_with_plugins(file, overrides=overrides)
+    logs.setup(config.observability.log_level, config.observability.log_format, role="router")
+    return run_role(lambda stop: serve_router(config, plugins, stop, component=component, status=Status(host, port)))
+
+
+async def serve_router(config: Config, plugins: Plugins, stop: asyncio.Event, *, component: str, status: Status) -> int:
+    """Serve until `stop` is set."""
+    from dynamo_core.pipeline.catalog import FleetCatalog
+    from dynamo_core.runtime.runtime import Runtime
+    from dynamo_core.runtime.status import serve_status
+    from dynamo_core.runtime.worker_role import process_registry
+    from dynamo_kv_router.service import RouterService
+
+    async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, process_registry()) as catalog:
+        service = RouterService(catalog, config.migration)
+        endpoints = service.endpoints()
+        await runtime.serve(component, endpoints)
+        async with serve_status(status, service.app()) as url:
+            for endpoint in endpoints:
+                await runtime.announce(component, endpoint)
+            log.info("routing at %s and at %s.%s.*", url, config.namespace, component)
+            await stop.wait()
+            for endpoint in endpoints:
+                await runtime.withdraw(component, endpoint)
+    return 0

@@ -1,0 +1,80 @@
+"""The router that stands by itself, over a request plane and over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from dynamo_core.config.schema import Router, Use
+from dynamo_core.context import Context
+from dynamo_core.errors import RequestError
+from dynamo_core.pipeline.catalog import FleetCatalog
+from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.testing.cluster import Cluster
+from dynamo_core.types import Output, Request, Stops
+from dynamo_kv_router.service import RouterService
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("plane", ["tcp", "http"])
+async def test_questions_and_streams_over_a_request_plane(plane):
+    async with (
+        Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv")), request_plane=Use(plane)) as cluster,
+        Runtime.open(cluster.config, cluster.plugins) as runtime,
+        FleetCatalog.open(runtime, CollectorRegistry()) as catalog,
+    ):
+        await until(lambda: catalog.not_ready() is None)
+        service = RouterService(catalog, cluster.config.migration)
+        endpoints = service.endpoints()
+        await runtime.serve("router", endpoints)
+        for endpoint in endpoints:
+            await runtime.announce("router", endpoint)
+        address = runtime.instance("router", "load").address
+        channels = cluster.members[0].runtime.channels  # type: ignore[union-attr]
+
+        async def ask(endpoint: str, body: object) -> object:
+            items = await channels.call(address, f"{cluster.config.namespace}.router.{endpoint}", msgspec.msgpack.encode(body), Context("q"), timeout=10.0)
+            return msgspec.msgpack.decode(items[0])
+
+        prompt = list(range(65, 65 + 64))
+        request = Request(id="r1", model=catalog.models()[0].name, token_ids=prompt, stops=Stops(max_tokens=5))
+        stream = (await channels.get(address)).open(f"{cluster.config.namespace}.router.generate", msgspec.msgpack.encode(request), Context("r1"))
+        tokens = []
+        while items := await stream.read():
+            tokens += [t for item in items if isinstance(item, Output) for t in item.token_ids]
+        assert len(tokens) == 5
+        best = await ask("best_worker", {"token_ids": prompt})
+        assert best["overlap_tokens"] > 0
+        scores = await ask("overlap_scores", {"token_ids": prompt})
+        held = {w["instance"]: w["device"] for w in scores["workers"]}
+        assert held[best["worker"]["instance"]] == max(held.values()) > 0 == min(held.values())
+        assert len(next(iter((await ask("load", {})).values()))) == 2
+        assert (await ask("dump", {}))["waiting"]
+        with pytest.raises(RequestError, match="this is no question"):
+            await ask("best_worker", {"tokens": 1})
+        assert not cluster.catalog.problems()
+
+
+async def test_the_same_over_http():
+    async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv-plus"))) as cluster:
+        app = RouterService(cluster.catalog, cluster.config.migration).app()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
+            body = {"id": "r1", "model": cluster.model.name, "token_ids": list(range(65, 129)), "stops": {"max_tokens": 4}}
+            lines = [msgspec.json.decode(line) for line in (await client.post("/generate", json=body)).text.splitlines()]
+            assert sum(len(line["token_ids"]) for line in lines) == 4
+            best = (await client.post("/best_worker", json={"token_ids": body["token_ids"]})).json()
+            assert best["worker"]["label"].startswith("backend-")
+            assert (await client.get("/health")).json()["ready"]
+            assert (await client.post("/best_worker", json={"token_ids": [1], "model": "nobody"})).status_code == 404
+            assert (await client.post("/best_worker", content=b"{")).status_code == 400
+            assert (await client.post("/generate", content=b"{}")).status_code == 400
+            assert len(next(iter((await client.get("/load")).json().values()))) == 2
