@@ -36,7 +36,7 @@ def test_the_stack_of_the_readme_loads() -> None:
 
 
 def test_the_table_names_every_component_that_is_built_in() -> None:
-    rows = {kind: row for kind, row in re.findall(r"^\| `(\w+)` \|(.*)$", README, re.M)}
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", README, re.M))
     for kind, row in rows.items():
         missing = [c.name for c in Plugins.load().of_kind(kind).values() if c.plugin.name == "builtin" and f"`{c.name}`" not in row]
         assert missing == [], f"{kind}: {missing}"
