@@ -41,8 +41,8 @@ def seen(catalog: FleetCatalog, fact=IN_FLIGHT) -> int:
     return sum(worker["facts"][fact.name] for worker in router_of(catalog).status())
 
 
-async def start(catalog: FleetCatalog, id: str, tokens: int = 20):
-    request = Request(id=id, model=catalog.models()[0].name, token_ids=list(range(65, 65 + tokens)), stops=Stops(max_tokens=1))
+async def start(catalog: FleetCatalog, id: str, tokens: int = 20, tokens_out: int = 100):
+    request = Request(id=id, model=catalog.models()[0].name, token_ids=list(range(65, 65 + tokens)), stops=Stops(max_tokens=tokens_out))
     return await catalog.models()[0].start(request, TextOptions(), Context(id))
 
 
@@ -51,9 +51,9 @@ async def test_what_one_frontend_sends_the_other_counts_until_it_ends(plane, tmp
     event_plane = None if plane == "in-process" else Use("zmq")
     async with Cluster.up(workers=2, engine="echo", options={"delay": 0.05}, router=Router(use=Use("least-loaded")), event_plane=event_plane) as cluster:  # noqa: SIM117
         async with second_frontend(cluster) as other:
-            running = [await start(cluster.catalog, f"same-id-{i}") for i in range(4)]
+            running = [await start(cluster.catalog, f"same-id-{i}", tokens_out=20) for i in range(4)]
             await until(lambda: seen(other) == 4)
-            theirs = await start(other, "same-id-0")  # ids of two frontends may agree
+            theirs = await start(other, "same-id-0", tokens_out=20)  # ids of two frontends may agree
             await until(lambda: seen(cluster.catalog) == 5)
             for generation in running:
                 await read_all(generation)
@@ -63,7 +63,7 @@ async def test_what_one_frontend_sends_the_other_counts_until_it_ends(plane, tmp
 
 
 async def test_a_new_frontend_learns_what_is_under_way_and_what_a_lost_one_sent_is_forgotten():
-    async with Cluster.up(workers=2, engine="echo", options={"delay": 5.0}, router=Router(use=Use("least-loaded"))) as cluster:
+    async with Cluster.up(workers=2, engine="echo", options={"delay": 0.4}, router=Router(use=Use("least-loaded"))) as cluster:
         running = [await start(cluster.catalog, f"r{i}") for i in range(3)]
         async with second_frontend(cluster) as other:
             await until(lambda: seen(other) == 3)
@@ -80,7 +80,7 @@ async def test_a_new_frontend_learns_what_is_under_way_and_what_a_lost_one_sent_
 
 
 async def test_two_frontends_that_send_at_once_share_the_workers_evenly():
-    async with Cluster.up(workers=4, engine="echo", options={"delay": 5.0}, router=Router(use=Use("least-loaded"))) as cluster:  # noqa: SIM117
+    async with Cluster.up(workers=4, engine="echo", options={"delay": 0.4}, router=Router(use=Use("least-loaded"))) as cluster:  # noqa: SIM117
         async with second_frontend(cluster) as other:
             sent = []
             for i in range(8):

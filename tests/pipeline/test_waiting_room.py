@@ -62,7 +62,7 @@ async def test_a_caller_who_leaves_the_queue_frees_its_place_and_a_full_queue_sa
 
 async def test_a_deadline_ends_the_wait():
     router = Router(queue=Queue(prefill_tokens=0))
-    async with Cluster.up(workers=1, engine="echo", options={"delay": 5.0}, router=router) as cluster:
+    async with Cluster.up(workers=1, engine="echo", options={"delay": 1.0}, router=router) as cluster:
         first = await cluster.generate("hello", max_tokens=4)
         loop_now = __import__("time").monotonic()
         with pytest.raises(Cancelled):
