@@ -106,10 +106,10 @@ def _stop_for(seconds: float, kind: str) -> Callable[[Stage, random.Random, Harm
 for _seconds in (5, 15, 60):
     fault(f"worker stopped for {_seconds} s", "`SIGSTOP`, then `SIGCONT`", short=_seconds == 15)(_stop_for(_seconds, "worker"))
 for _seconds in (5, 15, 60):
-    fault(f"frontend stopped for {_seconds} s", "`SIGSTOP`, then `SIGCONT`", short=_seconds == 5)(_stop_for(_seconds, "frontend"))
+    fault(f"frontend stopped for {_seconds} s", "`SIGSTOP`, then `SIGCONT`")(_stop_for(_seconds, "frontend"))
 
 
-@fault("workers restarted one after the other", "`SIGTERM`, start, wait until it serves; every worker", short=True)
+@fault("workers restarted one after the other", "`SIGTERM`, start, wait until it serves; every worker")
 async def workers_restarted(stage: Stage, dice: random.Random, harm: Harm) -> None:
     for role in dice.sample(stage.workers, len(stage.workers)):
         await role.end()
