@@ -6,17 +6,18 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.types import Send
 
 from dynamo_core.errors import DynamoError
-from dynamo_core.frontend.chunks import CompletionChunks
+from dynamo_core.frontend.chunks import Chunks, CompletionChunks
 from dynamo_core.frontend.exchange import Exchange
 from dynamo_core.frontend.failure import Header
 from dynamo_core.frontend.job import Job
 from dynamo_core.frontend.metrics import ItlRecorder
-from dynamo_core.pipeline.contract import Generation
+from dynamo_core.frontend.servers.contract import DirectSend
+from dynamo_core.pipeline.contract import Generation, Pouring
 from dynamo_core.types import Delta, LogprobText
 
 log = logging.getLogger("dynamo.frontend")
@@ -45,17 +46,15 @@ async def stream(job: Job, generation: Generation, first: Sequence[Delta], excha
     )
     if isinstance(chunks, CompletionChunks) and job.echo:
         chunks.prompt_logprobs = _prompt_logprobs(job, generation)
-    read, write, keep_ids = generation.read, chunks.write, bool(job.kept_ids)
+    read, write = generation.read, _Writer(job, generation, chunks, exchange, itl).write
     exchange.responding, exchange.status = True, 200
     await send({"type": "http.response.start", "status": 200, "headers": _headers(exchange, generation, _SSE, _NO_CACHE, _NO_BUFFERING)})
+    if isinstance(send, DirectSend) and isinstance(generation, Pouring):
+        generation.pour(_Direct(send, write))
     deltas = first
     payload = b""
     while deltas:
-        usage = generation.usage
-        payload = write(deltas, usage)
-        if keep_ids:
-            job.keep_ids(deltas)
-        _pace(exchange, usage.completion_tokens, itl)
+        payload = write(deltas)
         if chunks.open <= 0:
             break
         if payload:
@@ -67,6 +66,45 @@ async def stream(job: Job, generation: Generation, first: Sequence[Delta], excha
     await send({"type": "http.response.body", "body": payload, "more_body": False})
     if deltas:
         await _until_end(generation)
+
+
+class _Writer:
+    """Deltas to events, counted."""
+
+    __slots__ = ("_exchange", "_generation", "_itl", "_job", "_keep_ids", "_render")
+
+    def __init__(self, job: Job, generation: Generation, chunks: Chunks, exchange: Exchange, itl: ItlRecorder) -> None:
+        self._job = job
+        self._generation = generation
+        self._render = chunks.write
+        self._exchange = exchange
+        self._itl = itl
+        self._keep_ids = bool(job.kept_ids)
+
+    def write(self, deltas: Sequence[Delta]) -> bytes:
+        usage = self._generation.usage
+        payload = self._render(deltas, usage)
+        if self._keep_ids:
+            self._job.keep_ids(deltas)
+        _pace(self._exchange, usage.completion_tokens, self._itl)
+        return payload
+
+
+class _Direct:
+    """Sends what a generation pours, without a turn of the reading task."""
+
+    __slots__ = ("_send", "_write")
+
+    def __init__(self, send: DirectSend, write: Callable[[Sequence[Delta]], bytes]) -> None:
+        self._send = send
+        self._write = write
+
+    def ready(self) -> bool:
+        return self._send.ready()
+
+    def take(self, deltas: Sequence[Delta]) -> None:
+        if payload := self._write(deltas):
+            self._send.write(payload)
 
 
 async def unary(job: Job, generation: Generation, first: Sequence[Delta], exchange: Exchange, itl: ItlRecorder, send: Send) -> None:

@@ -48,6 +48,26 @@ class Generation(Protocol):
     def cancel(self, reason: str = "client disconnected") -> None: ...
 
 
+class DeltaSink(Protocol):
+    """Where deltas go that need no decision: to a client that takes them at once."""
+
+    def ready(self) -> bool:
+        """Whether `take` may be called now. While the client is behind it may not: deltas are read then, as fast as the client takes them."""
+        ...
+
+    def take(self, deltas: Sequence[Delta]) -> None: ...
+
+
+@runtime_checkable
+class Pouring(Protocol):
+    """A generation that can spare its reader a wake-up for each token. Optional: without it, everything is read."""
+
+    def pour(self, sink: DeltaSink) -> None:
+        """From now on, while `read` waits, give deltas to `sink` in the callback that brings their tokens. First outputs, finish reasons and
+        errors are read; so is everything that comes while the sink is not ready."""
+        ...
+
+
 @runtime_checkable
 class Model(Protocol):
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dynamo_core.pipeline.contract import DeltaSink
 from dynamo_core.pipeline.migrate import TokenStream
 from dynamo_core.preprocess.contract import Assembler, Preprocessor
 from dynamo_core.types import Delta, LogprobText, Output, Request, TextOptions, Usage
@@ -22,6 +23,7 @@ class TextGeneration:
         tail = request.token_ids[-8:]
         self._choices: list[Assembler] = [preprocessor.assembler(text, index=i, prompt_tail=tail) for i in range(request.sampling.n)]
         self._open = request.sampling.n
+        self._stops = bool(text.stop)
 
     @property
     def decisions(self) -> list[str]:
@@ -49,6 +51,19 @@ class TextGeneration:
                 if not self._open:
                     self._stream.finish()
                 return deltas
+
+    def pour(self, sink: DeltaSink) -> None:
+        if self._stops:
+            return  # a stop string ends a choice in the middle of its tokens
+
+        def take(outputs: Sequence[Output]) -> bool:
+            if not sink.ready():
+                return False
+            if deltas := self._one(outputs) if len(self._choices) == 1 else self._several(outputs):
+                sink.take(deltas)
+            return True
+
+        self._stream.listen(take)
 
     def _one(self, outputs: Sequence[Output]) -> Sequence[Delta]:
         choice, delta = self._choices[0], None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -20,6 +20,7 @@ from dynamo_core.errors import AllBusy, Cancelled, Disconnected, DynamoError, No
 from dynamo_core.pipeline.dispatch import Dispatcher, Leg, routing_request
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.routing.contract import Worker
+from dynamo_core.transport.contract import Listening
 from dynamo_core.types import Output, Request
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class TokenStream:
         self._lost_at: float | None = None
         """When the request lost its worker; until the next token it is without one."""
         self._failed: list[Worker] = []
+        self._sink: Callable[[Sequence[Output]], bool] | None = None
 
     async def start(self) -> None:
         """:raises DynamoError: nobody took the request."""
@@ -80,6 +82,13 @@ class TokenStream:
                 return ()
             await self._move(Disconnected("the worker ended the stream before its end"))
 
+    def listen(self, sink: Callable[[Sequence[Output]], bool]) -> None:
+        """While `read` waits, offer outputs to `sink` in the callback that brings them, whichever worker it is. Only plain ones: tokens
+        without an end, and without anything else that is said once. What the sink declines is read."""
+        self._sink = sink
+        if self._leg is not None:
+            self._attach(self._leg, sink)
+
     def cancel(self, reason: str) -> None:
         """Stop wherever it is. Idempotent."""
         self._context.cancel(reason)
@@ -93,6 +102,21 @@ class TokenStream:
             self._end("done")
 
     # --------------------------------------------------------------
+
+    def _attach(self, leg: Leg, sink: Callable[[Sequence[Output]], bool]) -> None:
+        if not isinstance(leg.stream, Listening):
+            return
+
+        def take(outputs: Sequence[Output]) -> bool:
+            for output in outputs:
+                if output.finish_reason is not None or output.cached_tokens is not None or output.prompt_logprobs is not None:
+                    return False
+            if self._leg is not leg or not sink(outputs):
+                return False
+            self._note(leg, outputs)
+            return True
+
+        leg.stream.listen(take)  # pyright: ignore[reportArgumentType]
 
     def _note(self, leg: Leg, outputs: Sequence[Output]) -> None:
         tokens = 0
@@ -114,6 +138,8 @@ class TokenStream:
     async def _dispatch(self, request: Request) -> None:
         leg = await self._dispatcher.dispatch(request, routing_request(request, self._failed, self._context.tenant), self._context, self._card.block_size)
         self._leg = leg
+        if self._sink is not None:
+            self._attach(leg, self._sink)
         self.decisions.append(leg.decision.id)
         self.workers.append(self._dispatcher.label(leg.worker))
 

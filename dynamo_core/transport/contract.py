@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from dynamo_core.context import Context
@@ -59,6 +59,19 @@ class Stream(Protocol):
 
     def cancel(self) -> None:
         """Tell the other side to stop. What has arrived stays readable; further items are dropped. Idempotent."""
+        ...
+
+
+Sink = Callable[[Sequence[Item]], bool]
+"""Takes items, at least one, in the callback that brought them; `False` leaves all of them to the reader."""
+
+
+@runtime_checkable
+class Listening(Protocol):
+    """A stream that can spare its reader a wake-up. Optional: without it, everything is read."""
+
+    def listen(self, sink: Sink) -> None:
+        """While the reader waits in `read`, offer what arrives to `sink` first. Ends, errors and what it declines reach the reader, in order."""
         ...
 
 

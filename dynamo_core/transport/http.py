@@ -37,9 +37,9 @@ class HttpPlane:
     """Seconds, for the connection and the TLS handshake."""
     request_timeout: float = attrs.field(default=60.0, validator=v.gt(0))
     """Seconds within which a request has arrived whole; an idle connection is closed after as long."""
-    ping_interval: float = attrs.field(default=5.0, validator=v.gt(0))
+    ping_interval: float = attrs.field(default=2.5, validator=v.gt(0))
     """Seconds of silence after which a worker says that it is still there."""
-    ping_timeout: float = attrs.field(default=10.0, validator=v.gt(0))
+    ping_timeout: float = attrs.field(default=5.0, validator=v.gt(0))
     """Seconds beyond that for which a caller waits before the worker counts as gone."""
 
     scheme = "http"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 from dynamo_core.context import Context
 from dynamo_core.errors import Cancelled, DynamoError
-from dynamo_core.transport.contract import Item
+from dynamo_core.transport.contract import Item, Sink
 
 
 class Mailbox:
     """A `Stream` whose items are put here one by one. One reader at a time."""
 
-    __slots__ = ("_error", "_finished", "_forget", "_items", "_waiter")
+    __slots__ = ("_error", "_finished", "_forget", "_items", "_sink", "_waiter")
 
     def __init__(self) -> None:
         self._items: list[Item] = []
@@ -21,6 +21,7 @@ class Mailbox:
         self._finished = False
         self._error: DynamoError | None = None
         self._forget: Callable[[], None] | None = None
+        self._sink: Sink | None = None
 
     def follow(self, context: Context) -> None:
         """Cancel this stream when the request is cancelled."""
@@ -67,6 +68,9 @@ class Mailbox:
         self.taken(items)
         return items
 
+    def listen(self, sink: Sink) -> None:
+        self._sink = sink
+
     def cancel(self) -> None:
         if not self._finished:
             self.finish(Cancelled("the caller cancelled the stream"))
@@ -79,10 +83,28 @@ class Mailbox:
         """The reader wants no more: tell the other side."""
 
     def wake(self) -> None:
-        """Have the reader, if one waits, take what is there."""
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():  # done: the reading task was cancelled
+        """Have the reader, if one waits, take what is there; or the sink in its place, as long as there is no end to be told."""
+        waiter = self._waiter
+        if waiter is None:
+            return
+        if waiter.done():  # the reading task was cancelled
+            self._waiter = None
+        elif self._sink is None or self._finished or not self._poured(self._sink, waiter):
+            self._waiter = None
             waiter.set_result(None)
+
+    def _poured(self, sink: Sink, waiter: asyncio.Future[None]) -> bool:
+        items = self._items
+        try:
+            if not items or not sink(items):
+                return False
+        except Exception as e:  # whoever fills this mailbox has no part in it: it is the reader's
+            self._waiter = None
+            waiter.set_exception(e)
+            return True
+        self._items = []
+        self.taken(items)
+        return True
 
 
 class BoundedMailbox(Mailbox):

@@ -29,7 +29,7 @@ def chunked(scope: Any, send: Send) -> Send:
     server = getattr(getattr(protocol, "send", None), "__self__", None)
     if not isinstance(protocol, H11Protocol) or not isinstance(server, TCPServer):
         return send
-    return _Answer(stream, protocol, server, send).send
+    return _Answer(stream, protocol, server, send)
 
 
 class _Answer:
@@ -46,7 +46,7 @@ class _Answer:
         self._out: list[bytes] = []
         """Collected, and not yet written."""
 
-    async def send(self, message: Message) -> None:
+    async def __call__(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.body" and self._chunked and not self._stream.closed:
             if body := message.get("body", b""):
@@ -66,6 +66,17 @@ class _Answer:
                 await self._writer.drain()
             except (ConnectionError, RuntimeError):
                 pass  # the client is gone; the application learns it from `receive`
+
+    def ready(self) -> bool:
+        return self._chunked and not self._stream.closed and self._transport.get_write_buffer_size() <= _WAITING
+
+    def write(self, body: bytes) -> None:
+        data = b"%x\r\n%b\r\n" % (len(body), body)
+        if self._out:
+            self._out.append(data)
+            self._write()
+        elif not self._transport.is_closing():
+            self._transport.write(data)
 
     async def _collected(self, message: Message) -> None:
         """The whole way through hypercorn, with its writes collected."""

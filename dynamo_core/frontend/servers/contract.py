@@ -6,9 +6,24 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message
 
 from dynamo_core.config.schema import Tls
+
+
+@runtime_checkable
+class DirectSend(Protocol):
+    """An ASGI `send` that can also be called without being awaited. Optional; a middleware that wraps `send` takes it away, as it must."""
+
+    async def __call__(self, message: Message) -> None: ...
+
+    def ready(self) -> bool:
+        """The head is out, the client keeps up: `write` may be called."""
+        ...
+
+    def write(self, body: bytes) -> None:
+        """What `send` does with a body that is not the last, at once."""
+        ...
 
 
 @runtime_checkable
