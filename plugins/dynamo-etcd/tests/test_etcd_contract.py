@@ -29,7 +29,7 @@ class TestEtcd(DiscoveryContract):
 
     @pytest.fixture
     def connect(self):
-        return lambda: EtcdDiscovery(tuple(self.etcd.endpoints), self.prefix, timeout=1.0, ping_interval=0.2, backlog=self.backlog)
+        return lambda: EtcdDiscovery(tuple(self.etcd.endpoints), self.prefix, timeout=5.0, ping_interval=0.2, backlog=self.backlog)
 
     @asynccontextmanager
     async def outage(self):

@@ -34,7 +34,7 @@ def etcd(server):
 @pytest.fixture
 def store(etcd):
     prefix = f"faults-{next(_numbers)}/"
-    return lambda **options: EtcdDiscovery(**{"endpoints": tuple(etcd.endpoints), "prefix": prefix, "timeout": 1.0, "ping_interval": 0.2, **options})
+    return lambda **options: EtcdDiscovery(**{"endpoints": tuple(etcd.endpoints), "prefix": prefix, "timeout": 5.0, "ping_interval": 0.2, **options})
 
 
 async def following(changes, until):
@@ -120,8 +120,9 @@ async def test_a_compacted_store_loses_no_change(etcd, store) -> None:
             assert {await news(changes) for _ in range(2)} == {Delete("k/1"), Put("k/3", b"19")}
 
 
-async def test_a_store_that_lost_its_data_keeps_its_fleet_while_that_registers_again(etcd, store) -> None:
-    async with store() as here, store(wiped_grace=1.0) as there, there.watch("k/") as changes:
+@pytest.mark.parametrize("grace", [60.0, pytest.param(6.0, marks=pytest.mark.slow)])
+async def test_a_store_that_lost_its_data_keeps_its_fleet_while_that_registers_again(etcd, store, grace) -> None:
+    async with store() as here, store(wiped_grace=grace) as there, there.watch("k/") as changes:
         lease = await here.lease(10.0)
         await here.put("k/old", b"me", lease)
         await following(changes, {"k/old": b"me"})
@@ -134,7 +135,8 @@ async def test_a_store_that_lost_its_data_keeps_its_fleet_while_that_registers_a
         again = await here.lease(10.0)
         await here.put("k/new", b"me", again)
         assert await news(changes) == Put("k/new", b"me", again.id), "the new record comes before the old one goes"
-        assert await news(changes) == Delete("k/old")
+        if grace < GUARD:
+            assert await news(changes) == Delete("k/old")
 
 
 async def test_many_records_and_large_ones_are_read_in_pages_of_one_revision(store) -> None:
@@ -164,7 +166,7 @@ async def test_fleets_with_different_prefixes_do_not_see_each_other(store) -> No
 
 
 async def test_a_partitioned_owner_is_gone_for_the_others_and_learns_it(etcd, store) -> None:
-    async with Proxy.before(etcd.endpoints[0]) as proxy, store(endpoints=(proxy.url_of(etcd.endpoints[0]),)) as here, store() as there:
+    async with Proxy.before(etcd.endpoints[0]) as proxy, store(endpoints=(proxy.url_of(etcd.endpoints[0]),), timeout=1.0) as here, store() as there:
         lease = await here.lease(1.0)
         await here.put("k/1", b"", lease)
         async with there.watch("k/") as changes:
@@ -182,12 +184,12 @@ async def test_a_partitioned_owner_is_gone_for_the_others_and_learns_it(etcd, st
 
 async def test_a_watch_through_a_dead_connection_goes_on_through_a_live_one(etcd, store) -> None:
     alive = etcd.endpoints[0]
-    async with Proxy.before(alive) as proxy, store(endpoints=(proxy.url_of(alive), alive), timeout=0.6) as there, store() as here, there.watch("k/") as changes:
+    async with Proxy.before(alive) as proxy, store(endpoints=(proxy.url_of(alive), alive), timeout=2.0) as there, store() as here, there.watch("k/") as changes:
         await following(changes, {})
         proxy.blackhole()  # the connection stays open, and nothing comes
         await here.put("k/1", b"one")
         await following(changes, {"k/1": b"one"})
-        assert there.problem() is None
+        await eventually(lambda: there.problem() is None)
 
 
 async def test_a_slow_network_only_makes_it_slow(etcd, store) -> None:
@@ -225,7 +227,7 @@ async def test_cutting_connections_again_and_again_loses_nothing(etcd, store) ->
 
 async def test_leaving_while_etcd_is_away_takes_a_bounded_time(etcd, store) -> None:
     async with Proxy.before(etcd.endpoints[0]) as proxy:
-        async with store(endpoints=(proxy.url_of(etcd.endpoints[0]),), timeout=0.3) as here, here.watch("k/"):
+        async with store(endpoints=(proxy.url_of(etcd.endpoints[0]),), timeout=1.0) as here, here.watch("k/"):
             await here.lease()
             proxy.blackhole()
         with pytest.raises(StoreUnavailable, match="not open"):

@@ -29,7 +29,7 @@ class TestNatsDiscovery(DiscoveryContract):
 
     @pytest.fixture
     def connect(self):
-        return lambda: NatsDiscovery(servers=tuple(self.nats.servers), prefix=self.prefix, backlog=self.backlog, timeout=2.0)
+        return lambda: NatsDiscovery(servers=tuple(self.nats.servers), prefix=self.prefix, backlog=self.backlog, timeout=5.0)
 
     @asynccontextmanager
     async def outage(self):

@@ -84,6 +84,7 @@ async def test_a_killed_worker_ends_its_streams_within_seconds(make, worker) -> 
     await channel.close()
 
 
+@pytest.mark.slow
 async def test_a_worker_that_stands_still_for_a_while_loses_nothing(make, worker, read_all) -> None:
     address, process = worker
     channel = await make().connect(address)
@@ -97,6 +98,7 @@ async def test_a_worker_that_stands_still_for_a_while_loses_nothing(make, worker
     await channel.close()
 
 
+@pytest.mark.slow
 async def test_a_worker_that_stands_still_for_good_is_given_up(make, worker) -> None:
     address, process = worker
     channel = await make(ping_interval=0.5, ping_timeout=1.0).connect(address)
@@ -111,6 +113,7 @@ async def test_a_worker_that_stands_still_for_good_is_given_up(make, worker) -> 
     await channel.close()
 
 
+@pytest.mark.slow
 async def test_a_caller_that_dies_closes_its_iterators(make, counting, eventually, nats) -> None:
     serving = make()
     server = await serving.serve(counting, "")
@@ -148,7 +151,7 @@ async def test_a_server_that_is_killed_and_returns_costs_a_pause_and_no_stream(n
     await server.close()
 
 
-@pytest.mark.parametrize("endpoint", ["count", "paced"])
+@pytest.mark.parametrize("endpoint", ["count", pytest.param("paced", marks=pytest.mark.slow)])
 async def test_connections_that_are_cut_again_and_again_lose_and_double_nothing(nats, make, counting, read_all, endpoint) -> None:
     async with Proxy.before(nats.servers[0]) as near, Proxy.before(nats.servers[0]) as far:
         server = await make(servers=(far.url_of(nats.servers[0]),)).serve(counting, "")
@@ -164,6 +167,7 @@ async def test_connections_that_are_cut_again_and_again_lose_and_double_nothing(
         await server.close()
 
 
+@pytest.mark.slow
 async def test_a_slow_network_only_makes_it_slow(nats, make, counting, read_all) -> None:
     async with Proxy.before(nats.servers[0]) as proxy:
         server = await make().serve(counting, "")
@@ -176,6 +180,7 @@ async def test_a_slow_network_only_makes_it_slow(nats, make, counting, read_all)
         await server.close()
 
 
+@pytest.mark.slow
 async def test_a_caller_cut_off_from_nats_gives_up_and_so_does_the_worker(nats, make, counting, eventually) -> None:
     pings = {"ping_interval": 0.3, "ping_timeout": 0.6}
     async with Proxy.before(nats.servers[0]) as proxy:

@@ -137,7 +137,7 @@ async def test_mutual_tls_lets_in_who_shows_a_certificate_of_the_fleet(nats_serv
     cert, key = others.issue("stranger")
     for tls in (None, NatsTls(authority.cert), NatsTls(authority.cert, cert, key), NatsTls(others.cert, mine, my_key)):
         with pytest.raises(CannotConnect):
-            await NatsPlane(servers=tuple(nats.servers), tls=tls, connect_timeout=1.0).connect("nats://dynamo.rpc.x.y")
+            await NatsPlane(servers=tuple(nats.servers), tls=tls, connect_timeout=0.5).connect("nats://dynamo.rpc.x.y")
 
 
 async def test_garbage_on_our_subjects_disturbs_nobody(nats_server, counting, read_all) -> None:
