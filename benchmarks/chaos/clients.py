@@ -103,14 +103,12 @@ class Load:
     async def learn(self, prompts: int) -> None:
         """What the answers are while nothing is wrong."""
         dice = random.Random(self.seed)
-        for number in range(prompts):
-            prompt = f"{number} " + " ".join(
-                dice.choice(("rain", "stone", "river", "seven", "light", "under", "glass", "early")) for _ in range(dice.randrange(8, 160))
-            )
-            answer = await self.ask(prompt)
+        words = ("rain", "stone", "river", "seven", "light", "under", "glass", "early")
+        asked = [f"{number} " + " ".join(dice.choices(words, k=dice.randrange(8, 160))) for number in range(prompts)]
+        for answer in await asyncio.gather(*map(self.ask, asked)):
             if answer.error or len(answer.tokens) != self.tokens:
                 raise RuntimeError(f"the undisturbed fleet failed: {answer.error or f'{len(answer.tokens)} tokens'}")
-            self.expected[prompt] = answer.tokens
+            self.expected[answer.prompt] = answer.tokens
 
     async def ask(self, prompt: str) -> Answer:
         answer = Answer(prompt, time.monotonic())
