@@ -137,12 +137,25 @@ class Connection:
                 raise ConnectionError(f"NATS at {where} does not answer within {options.connect_timeout:g} s: {self._last_error or 'silence'}")
             connecting.result()
         except BaseException:
-            connecting.cancel()
-            await asyncio.wait([connecting])
-            client._closed_cb = None  # pyright: ignore[reportPrivateUsage]
-            await client.close()
+            await self._give_up(client, connecting)
             raise
         self._up.set()
+
+    async def _give_up(self, client: Client, connecting: asyncio.Future[None]) -> None:
+        """The client swallows a cancellation that meets it in a handshake, and would try for ever: take its servers away as well."""
+        client.options["max_reconnect_attempts"] = 0
+        client.options["allow_reconnect"] = False
+        client._server_pool.clear()  # pyright: ignore[reportPrivateUsage]
+        client._closed_cb = None  # pyright: ignore[reportPrivateUsage]
+        for _ in range(10):
+            connecting.cancel()
+            if (await asyncio.wait([connecting], timeout=_FAREWELL / 10))[0]:
+                break
+        if connecting.done() and not connecting.cancelled():
+            connecting.exception()
+        with contextlib.suppress(TimeoutError, NatsError, OSError):
+            async with asyncio.timeout(_FAREWELL):
+                await client.close()
 
     def _context(self) -> ssl.SSLContext | None:
         tls = self._options.tls
