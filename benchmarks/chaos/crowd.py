@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import socket
 import sys
@@ -147,7 +148,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--soak", type=float, default=20.0, help="minutes")
     parser.add_argument("--only", help="1,000 (streams), 5,000, idle, churn or soak")
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--results", type=Path, help="keep the numbers here, as JSON; those of earlier runs stay for what is not measured now")
+    parser.add_argument("--report", type=Path, help="write the table of crowds in this page")
     options = parser.parse_args()
     raise_file_limit()
     parts: dict[str, list[Callable[[Path], Awaitable[Result]]]] = {
@@ -160,10 +162,20 @@ def main() -> int:
     chosen = [part for name, group in parts.items() if options.only in (None, name) for part in group]
     with asyncio.Runner(loop_factory=new_event_loop) as runner, tempfile.TemporaryDirectory() as folder:
         results = runner.run(run(chosen, Path(folder)))
+    failed = any(result.wrong for result in results)
+    if options.results:
+        results = _together(options.results, results)
     if options.report:
         rows = [[f"**{result.what}**", "; ".join(result.numbers), "yes" if not result.wrong else "no: " + "; ".join(result.wrong)] for result in results]
         report.replace(options.report, "load", "\n".join([f"{report.machine()}.", "", *report.table(["what", "seen", "kept"], rows)]))
-    return 1 if any(result.wrong for result in results) else 0
+    return 1 if failed else 0
+
+
+def _together(path: Path, results: Sequence[Result]) -> list[Result]:
+    known = [Result(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    found = list(({result.what: result for result in known} | {result.what: result for result in results}).values())
+    path.write_text(json.dumps([attrs.asdict(result) for result in found], indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":
