@@ -123,6 +123,14 @@ class Node:
     def pause(self) -> None:
         """Stand still with every connection open (SIGSTOP)."""
         self._signal(signal.SIGSTOP)
+        # The signal is on its way to every thread; one of them may still answer.
+        while not self._stands_still():
+            time.sleep(0.001)
+
+    def _stands_still(self) -> bool:
+        assert self._process is not None
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{self._process.pid}/task").glob("*/stat")]
+        return all(state == "T" for state in states)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)

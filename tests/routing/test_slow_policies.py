@@ -28,8 +28,9 @@ class Sleepy:
 
 def test_a_slow_scorer_is_left_out_for_a_while_and_counted():
     now = [0.0]
-    sleepy = Sleepy(0.03)
+    sleepy = Sleepy(0.55)
     router = Router("m", Stack(scorers=(Part("scorer", "sleepy", sleepy),)), clock=lambda: now[0])
+    router.patience = Patience(budget=0.5)  # far above what a busy machine makes of a policy that does nothing
     for i in (1, 2):
         router.joined(Worker(i), Instance(id=i, namespace="n", component="c", endpoint="e", address="a"), ModelCard(name="m"))
     decisions = [router.route(RoutingRequest(f"{i}", "m")) for i in range(8)]
