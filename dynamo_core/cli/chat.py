@@ -98,7 +98,7 @@ def _ask(client: httpx.Client, console: Console, model: str, messages: list[Mess
             if response.status_code != 200:
                 response.read()
                 raise Unavailable(refusal(response))
-            answer.decision = response.headers.get("x-dynamo-decision", "")
+            answer.decision = response.headers.get("x-dynamo-decision", "").rpartition(",")[2]
             for event in _events(response):
                 _take(event, answer, console)
     except httpx.HTTPError as e:

@@ -112,4 +112,4 @@ async def _ask(client: httpx.AsyncClient, screen: Screen, model: str, question: 
     tokens = usage["completion_tokens"]
     rate = f", {(tokens - 1) / seconds:.0f} tokens/s" if tokens > 1 and seconds > 0 else ""
     console.print(Text(f"\n  TTFT {(first - started) * 1e3:.0f} ms, {tokens} tokens{rate}\n", style="dim"))
-    return response.headers["x-dynamo-decision"]
+    return response.headers["x-dynamo-decision"].rpartition(",")[2]  # the last one: who generated
