@@ -24,6 +24,7 @@ class ChatTemplate:
         self.source = source
         try:
             self._template = SANDBOX.from_string(source)
+            self._template.globals = dict(self._template.globals)  # Jinja's is a chain of maps, which each rendering would walk
             self.takes_parts = _iterates_content(SANDBOX.parse(source))
             """The template itself handles message content that is a list of parts."""
         except jinja2.TemplateError as error:

@@ -13,9 +13,10 @@ from dynamo_core.transport.contract import Item, Sink
 class Mailbox:
     """A `Stream` whose items are put here one by one. One reader at a time."""
 
-    __slots__ = ("_error", "_finished", "_forget", "_items", "_sink", "_waiter")
+    __slots__ = ("_error", "_finished", "_forget", "_items", "_loop", "_sink", "_waiter")
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._items: list[Item] = []
         self._waiter: asyncio.Future[None] | None = None
         self._finished = False
@@ -50,6 +51,7 @@ class Mailbox:
             return
         self._finished = True
         self._error = error
+        self._sink = None  # which knows this stream: together they would be garbage that only the collector finds
         if self._forget is not None:
             self._forget()
             self._forget = None
@@ -62,7 +64,7 @@ class Mailbox:
                 if self._error is not None:
                     raise self._error.with_traceback(None)
                 return ()
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             await self._waiter
         items, self._items = self._items, []
         self.taken(items)
@@ -83,7 +85,7 @@ class Mailbox:
         """The reader wants no more: tell the other side."""
 
     def wake(self) -> None:
-        """Have the reader, if one waits, take what is there; or the sink in its place, as long as there is no end to be told."""
+        """Have the reader, if one waits, take what is there, or the sink in its place. Ends are the reader's."""
         waiter = self._waiter
         if waiter is None:
             return
@@ -131,7 +133,7 @@ class BoundedMailbox(Mailbox):
 
     async def wait_for_room(self) -> None:
         while self.full:
-            self._room = asyncio.get_running_loop().create_future()
+            self._room = self._loop.create_future()
             await self._room
 
     def taken(self, items: list[Item]) -> None:

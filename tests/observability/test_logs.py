@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 
+import attrs
 import pytest
 
 from dynamo_core.config.schema import Secret
@@ -62,3 +63,24 @@ def test_lines_below_the_level_are_not_written(written) -> None:
     logging.getLogger("acme").debug("detail")
     logging.getLogger("httpx").info("HTTP Request: GET ...")
     assert read() == ""
+
+
+def test_what_json_cannot_say_is_written_all_the_same(written) -> None:
+    read = written("json")
+    logging.getLogger("acme").info("kept", extra={"keys": {(1, 2): "pair"}, "bytes": b"raw"})
+    line = json.loads(read())
+    assert line["bytes"] == "b'raw'"
+    assert "pair" in line["keys"]
+
+
+def test_an_object_that_holds_a_secret_is_written_as_it_shows_itself(written) -> None:
+    @attrs.frozen
+    class Account:
+        name: str
+        key: Secret
+
+    read = written("json")
+    logging.getLogger("acme").info("configured", extra={"account": Account("a", Secret("hunter2", "env:KEY"))})
+    said = read()
+    assert "hunter2" not in said
+    assert "<secret env:KEY>" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import attrs
@@ -27,15 +27,51 @@ _LAST_BYTES = 2.0
 """Seconds in which a connection must have flushed and closed once its requests have ended or were cut."""
 
 
+class _IdleClock:
+    """One timer. hypercorn's own starts two tasks after every answer, to cancel them at the next request."""
+
+    def __init__(self, seconds: float, leaving: Callable[[], bool]) -> None:
+        self._seconds = seconds
+        self._leaving = leaving
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._close: Callable[[], object] | None = None
+
+    async def restart(self, task_group: Any, action: Callable[[], Awaitable[None]]) -> None:
+        await self.stop()
+        self._close = lambda: task_group.spawn(action)
+        self._timer = self._loop.call_later(0 if self._leaving() else self._seconds, self.now)
+
+    async def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._close = None
+
+    def now(self) -> None:
+        """Close the connection, if it is idle."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+
 class _Connection(TCPServer):
     """A connection that is gone when its client is: hypercorn's own keeps it until the keep-alive timeout."""
 
     _ended = False
 
+    def __init__(self, app: Any, loop: asyncio.AbstractEventLoop, config: Config, context: WorkerContext, reader: asyncio.StreamReader,
+                 writer: asyncio.StreamWriter) -> None:
+        super().__init__(app, loop, config, context, {}, reader, writer)
+        self.clock = _IdleClock(config.keep_alive_timeout, context.terminated.is_set)
+        self.idle_task = cast(Any, self.clock)
+
     async def _read_data(self) -> None:
         await super()._read_data()
         self._ended = True
         await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        await self._initiate_server_close()
 
     async def protocol_send(self, event: Event) -> None:
         if not (self._ended and isinstance(event, Updated)):  # which would start the idle clock again
@@ -78,16 +114,16 @@ class HypercornServer:
         tracked = Tracked(app)
         wrapped = _Wrapper(cast(Any, tracked))
         context = WorkerContext(None)
-        connections: set[asyncio.Task[Any]] = set()
+        connections: dict[asyncio.Task[Any], _Connection] = {}
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
-            connections.add(task)
+            connections[task] = connection = _Connection(wrapped, loop, config, context, reader, writer)
             try:
-                await _Connection(wrapped, loop, config, context, {}, reader, writer)
+                await connection
             finally:
-                connections.discard(task)
+                del connections[task]
 
         actual: int = sock.getsockname()[1]
         handshake = config.ssl_handshake_timeout if tls else None
@@ -97,9 +133,11 @@ class HypercornServer:
             await stop.wait()
         finally:
             server.close()
-            await context.terminated.set()  # idle connections close now, the others after their answer
+            await context.terminated.set()  # connections close after their answer, and now if they are idle
+            for connection in list(connections.values()):
+                connection.clock.now()
             await tracked.drain(drain_timeout)
-            await _close(connections)
+            await _close(set(connections))
 
     def _config(self, tls: Tls | None) -> Config:
         config = Config()
@@ -134,7 +172,7 @@ def _context(config: Config, tls: Tls | None) -> ssl.SSLContext | None:
 
 async def _close(connections: set[asyncio.Task[Any]]) -> None:
     if connections:
-        _, late = await asyncio.wait(set(connections), timeout=_LAST_BYTES)
+        _, late = await asyncio.wait(connections, timeout=_LAST_BYTES)
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
