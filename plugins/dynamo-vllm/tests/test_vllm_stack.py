@@ -251,6 +251,16 @@ def test_answers_go_on_token_for_token_when_an_engine_core_is_killed(stack: Stac
     stack.wait(lambda: len(stack.cores()) == 2 and sum(worker["proven"] for worker in stack.fleet()) == 2, "whole again")
 
 
+def test_no_engine_core_outlives_a_worker_that_is_killed(stack: Stack) -> None:
+    import psutil
+
+    core = stack.cores()[0]
+    os.kill(core.ppid(), signal.SIGKILL)
+    _, alive = psutil.wait_procs([core], timeout=30)
+    assert not alive
+    stack.wait(lambda: len(stack.cores()) == 2 and sum(worker["proven"] for worker in stack.fleet()) == 2, "whole again")
+
+
 def test_the_stack_ends_in_order_and_leaves_no_engine_core_behind(stack: Stack) -> None:
     cores = stack.cores()
     assert len(cores) == 2

@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 
 from dynamo_core.errors import ConfigError, Problem
+from dynamo_vllm import orphan
 
 SUPPORTED = "0.32"
 """The minor version that the tests run against; another is tried, and refused only if a call that we need has changed."""
@@ -177,6 +178,7 @@ def launch(vllm: Vllm, config: Any, start_method: str, stat_logger: Callable[...
     """Start the engine core, load the model. Takes long and blocks."""
     # `create_engine_config` has just chosen for itself, so the last word must be here.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
+    os.environ[orphan.MARK] = str(os.getpid())
     return vllm.AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger])
 
 
