@@ -32,7 +32,7 @@ $(VLLM)/.installed: $(VENV)/.installed plugins/dynamo-vllm/install-cpu.sh plugin
 	@echo "making $(VLLM) with vLLM for CPU"
 	@test -x $(VLLM)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VLLM)
 	@plugins/dynamo-vllm/install-cpu.sh $(VLLM)/bin/python $(BIN)/uv
-	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python $(VLLM_EDITABLE) accelerate gguf hypothesis "openai>=1.60" "pytest>=8" "pytest-asyncio>=0.25"
+	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python $(VLLM_EDITABLE) accelerate gguf hypothesis "openai>=1.60" "pytest>=8" "pytest-asyncio>=0.25" "pytest-rerunfailures>=15" "pytest-timeout>=2.3"
 	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python --no-deps "nixl==1.5.1" "nixl-cu12==1.5.1"
 	@touch $@
 
@@ -50,16 +50,20 @@ demo: $(VENV)/.installed
 	@$(BIN)/dynamo demo $(STACK_$(ENGINE))
 endif
 
+# Many tests kill, stop and starve real processes on whatever machine this is. One that passes only the second time is
+# listed in the report as a rerun, and deserves a look.
+AGAIN := --reruns 1 --reruns-delay 2 -r aR
+
 test: lint quick slow slow-vllm
 
 quick: servers $(VENV)/.developing
-	$(BIN)/python -m pytest -q -m "not slow" -n 4
+	$(BIN)/python -m pytest -q -m "not slow" -n 4 $(AGAIN)
 
 slow: servers $(VENV)/.developing
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(AGAIN)
 
 slow-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow plugins/dynamo-vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow $(AGAIN) plugins/dynamo-vllm
 
 lint: $(VENV)/.developing
 	$(BIN)/ruff check .
