@@ -24,7 +24,16 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
 
+        parent = int(os.environ.get("DYNAMO_SUPERVISED", 0))
+        orphaned_until = 0.0
+
         def on_signal(number: int) -> None:
+            nonlocal orphaned_until
+            if not stop.is_set() and parent and os.getppid() != parent:
+                # The kernel says so once for every thread that the supervisor had, all within a moment.
+                orphaned_until = loop.time() + _ORPHANED
+            if stop.is_set() and loop.time() < orphaned_until:
+                return
             if stop.is_set():
                 log.warning("a second signal: ending at once")
                 os._exit(128 + number)
@@ -32,8 +41,8 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
             stop.set()
 
         raise_file_limit()
-        if parent := os.environ.get("DYNAMO_SUPERVISED"):
-            _end_with_parent(int(parent))
+        if parent:
+            _end_with_parent(parent)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
         # What exists after start-up lives for ever: keep the collector from walking it again and again.
@@ -62,6 +71,8 @@ def raise_file_limit() -> None:
 
 
 _MANY_FILES = 1 << 20
+_ORPHANED = 1.0
+"""Seconds after the death of the supervisor in which further signals are taken for echoes of it."""
 
 
 def _end_with_parent(parent: int) -> None:
