@@ -24,16 +24,16 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        parent = int(os.environ.get("DYNAMO_SUPERVISED", 0))
-        orphaned_until = 0.0
+        orphaned = False
+
+        def on_orphaned() -> None:
+            # The kernel says it once for every thread that the supervisor had: only the first counts.
+            nonlocal orphaned
+            if not orphaned:
+                orphaned = True
+                on_signal(signal.SIGTERM)
 
         def on_signal(number: int) -> None:
-            nonlocal orphaned_until
-            if not stop.is_set() and parent and os.getppid() != parent:
-                # The kernel says so once for every thread that the supervisor had, all within a moment.
-                orphaned_until = loop.time() + _ORPHANED
-            if stop.is_set() and loop.time() < orphaned_until:
-                return
             if stop.is_set():
                 log.warning("a second signal: ending at once")
                 os._exit(128 + number)
@@ -41,8 +41,9 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
             stop.set()
 
         raise_file_limit()
-        if parent:
-            _end_with_parent(parent)
+        if parent := os.environ.get("DYNAMO_SUPERVISED"):
+            loop.add_signal_handler(_ORPHANED, on_orphaned)
+            _end_with_parent(int(parent))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
         # What exists after start-up lives for ever: keep the collector from walking it again and again.
@@ -71,17 +72,17 @@ def raise_file_limit() -> None:
 
 
 _MANY_FILES = 1 << 20
-_ORPHANED = 1.0
-"""Seconds after the death of the supervisor in which further signals are taken for echoes of it."""
+_ORPHANED = signal.SIGUSR2
+"""What the kernel sends when the supervisor has died."""
 
 
 def _end_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM when the supervisor dies, however it dies (Linux)."""
+    """Have the kernel say when the supervisor dies, however it dies (Linux)."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, _ORPHANED)
         if os.getppid() != parent:  # it died while this process was starting
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), _ORPHANED)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
