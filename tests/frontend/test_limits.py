@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_catalog import FakeModel, words
+from fake_catalog import FakeModel
 
 from dynamo_core.config.schema import Admin, Frontend, Secret
 from dynamo_core.contracts import RateLimiterContract

@@ -82,7 +82,6 @@ async def test_recorded_decisions_are_decided_again_by_another_stack(tmp_path: P
 
 
 async def test_the_record_file_is_bounded(tmp_path: Path):
-    # ruff: noqa: ASYNC240
     path = tmp_path / "d.jsonl"
     async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("round-robin"), record=path, record_bytes=4096)) as cluster:
         await asyncio.gather(*(ask(cluster, 5) for _ in range(10)))

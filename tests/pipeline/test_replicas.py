@@ -49,7 +49,7 @@ async def start(catalog: FleetCatalog, id: str, tokens: int = 20, tokens_out: in
 @pytest.mark.parametrize("plane", ["in-process", "zmq"])
 async def test_what_one_frontend_sends_the_other_counts_until_it_ends(plane, tmp_path):
     event_plane = None if plane == "in-process" else Use("zmq")
-    async with Cluster.up(workers=2, engine="echo", options={"delay": 0.05}, router=Router(use=Use("least-loaded")), event_plane=event_plane) as cluster:  # noqa: SIM117
+    async with Cluster.up(workers=2, engine="echo", options={"delay": 0.05}, router=Router(use=Use("least-loaded")), event_plane=event_plane) as cluster:
         async with second_frontend(cluster) as other:
             running = [await start(cluster.catalog, f"same-id-{i}", tokens_out=20) for i in range(4)]
             await until(lambda: seen(other) == 4)
@@ -80,7 +80,7 @@ async def test_a_new_frontend_learns_what_is_under_way_and_what_a_lost_one_sent_
 
 
 async def test_two_frontends_that_send_at_once_share_the_workers_evenly():
-    async with Cluster.up(workers=4, engine="echo", options={"delay": 0.4}, router=Router(use=Use("least-loaded"))) as cluster:  # noqa: SIM117
+    async with Cluster.up(workers=4, engine="echo", options={"delay": 0.4}, router=Router(use=Use("least-loaded"))) as cluster:
         async with second_frontend(cluster) as other:
             sent = []
             for i in range(8):
