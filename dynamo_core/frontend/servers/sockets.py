@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 
 BACKLOG = 2048
 """Connections that the kernel holds while the loop is busy; a burst of a thousand clients must not see a refusal."""
 
 
 @contextlib.contextmanager
-def reserved_port(host: str) -> Iterator[int]:
+def reserved_port(host: str) -> Generator[int]:
     """A free port that several processes may then share by `reuse_port`; nobody else gets it until this is left."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
