@@ -56,7 +56,8 @@ class ZmqSubscription:
     async def connected(self) -> None:
         """Wait until the publishers that are there already have greeted us, or for a second."""
         try:
-            await asyncio.wait_for(self._ready.wait(), _GREETINGS)
+            async with asyncio.timeout(_GREETINGS):  # wait_for may swallow a cancellation
+                await self._ready.wait()
         except TimeoutError:
             pass  # `problem` names whom we miss
 

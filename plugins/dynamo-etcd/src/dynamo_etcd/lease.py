@@ -79,7 +79,8 @@ class EtcdLease:
         wait = self.ttl / 3
         while True:
             try:
-                await asyncio.wait_for(self._hurry.wait(), wait)
+                async with asyncio.timeout(wait):  # wait_for may swallow a cancellation
+                    await self._hurry.wait()
             except TimeoutError:
                 pass
             self._hurry.clear()

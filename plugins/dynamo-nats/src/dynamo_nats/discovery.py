@@ -296,7 +296,8 @@ class NatsDiscovery(NatsOptions):
         reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((sequence, reached))
         try:
-            await asyncio.wait_for(reached, self.timeout)
+            async with asyncio.timeout(self.timeout):  # wait_for may swallow a cancellation
+                await reached
         except TimeoutError:
             raise StoreUnavailable(f"NATS did not tell what it stores within {self.timeout:g} s") from None
         finally:

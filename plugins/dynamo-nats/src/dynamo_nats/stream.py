@@ -104,7 +104,8 @@ class Replay:
     async def _keep_reading(self) -> None:
         while True:
             try:
-                await asyncio.wait_for(self._broken.wait(), _BEAT)
+                async with asyncio.timeout(_BEAT):  # wait_for may swallow a cancellation
+                    await self._broken.wait()
             except TimeoutError:
                 if self._loop.time() - self._heard < _SILENCE:
                     continue

@@ -71,7 +71,8 @@ class NatsSubscription:
             self._replay = stream.replay(subject, self.receive)
         self.call()
         try:
-            await asyncio.wait_for(self._ready.wait(), _GREETINGS)
+            async with asyncio.timeout(_GREETINGS):  # wait_for may swallow a cancellation
+                await self._ready.wait()
         except TimeoutError:
             pass  # `problem` names whom we miss
 

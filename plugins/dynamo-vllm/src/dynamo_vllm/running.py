@@ -224,7 +224,8 @@ class Running:
         if not self._asleep:
             self._context.offer(())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._quiet.wait(), _LETTING_GO)
+                async with asyncio.timeout(_LETTING_GO):  # wait_for may swallow a cancellation
+                    await self._quiet.wait()
             self._asleep = True
             await self._engine.sleep(int(arguments.get("level", 1)))
         return {"asleep": True}
