@@ -241,7 +241,9 @@ class NatsDiscovery(NatsOptions):
             await self._reach(await self._write(f"l.{lease.id:x}", b"", after=sequence))
         except _Overtaken:
             await self._sync()
-            if (state := self._ledger.leases.get(lease.id)) is not None:  # by our own heartbeat, whose answer was lost
+            state = self._ledger.leases.get(lease.id)
+            # By our own heartbeat, whose answer was lost. With nothing newer the stream has lost the lease, and there is nothing to end.
+            if state is not None and state.sequence > sequence:
                 await self.end(lease, state.sequence)
 
     async def _look(self) -> None:
