@@ -93,6 +93,15 @@ def test_a_reserved_port_is_shared_by_those_who_ask_for_it_and_receives_nothing_
 
 
 def test_a_role_whose_parent_died_while_it_started_ends() -> None:
-    script = "import asyncio\nfrom dynamo_core.runtime.process import run_role\nrun_role(lambda stop: asyncio.sleep(30, 7))"
+    script = """
+import sys
+from dynamo_core.runtime.process import run_role
+
+async def role(stop):
+    await stop.wait()
+    return 7
+
+sys.exit(run_role(role))
+"""
     orphan = subprocess.run([sys.executable, "-c", script], env={**os.environ, "DYNAMO_SUPERVISED": "999999"}, timeout=60, check=False)
-    assert orphan.returncode == -signal.SIGTERM
+    assert orphan.returncode == 7
