@@ -15,8 +15,6 @@ from dynamo_core.errors import Unavailable
 from dynamo_core.testing.cluster import Cluster, read_all
 from dynamo_core.types import Request
 
-pytest.importorskip("dynamo_sim")
-
 PROMPT = list(range(300, 520))
 
 
