@@ -32,7 +32,7 @@ $(VLLM)/.installed: $(VENV)/.installed plugins/dynamo-vllm/install-cpu.sh plugin
 	@echo "making $(VLLM) with vLLM for CPU"
 	@test -x $(VLLM)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VLLM)
 	@plugins/dynamo-vllm/install-cpu.sh $(VLLM)/bin/python $(BIN)/uv
-	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python $(VLLM_EDITABLE) accelerate gguf hypothesis "openai>=1.60" "pytest>=8" "pytest-asyncio>=0.25" "pytest-rerunfailures>=15" "pytest-timeout>=2.3"
+	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python $(VLLM_EDITABLE) accelerate gguf hypothesis "openai>=1.60" "pytest>=8" "pytest-asyncio>=0.25" "pytest-timeout>=2.3"
 	@$(BIN)/uv pip install --quiet --python $(VLLM)/bin/python --no-deps "nixl==1.5.1" "nixl-cu12==1.5.1"
 	@touch $@
 
@@ -50,20 +50,20 @@ demo: $(VENV)/.installed
 	@$(BIN)/dynamo demo $(STACK_$(ENGINE))
 endif
 
-# Many tests kill, stop and starve real processes on whatever machine this is. One that passes only the second time is
-# listed in the report as a rerun, and deserves a look.
-AGAIN := --reruns 1 --reruns-delay 2 -r aR
+# Many tests kill, stop and starve real processes on whatever machine this is. What fails is tried once more, by itself and with a
+# new clock; both tries are in the log, and such a test deserves a look. The arguments: seconds at most, python, what to run.
+tests = timeout -k 30 $(1) $(2) -m pytest -q $(3) $(4) || { echo "once more, only what failed:"; timeout -k 30 600 $(2) -m pytest -q $(3) --last-failed --last-failed-no-failures none; }
 
 test: lint quick slow slow-vllm
 
 quick: servers $(VENV)/.developing
-	$(BIN)/python -m pytest -q -m "not slow" -n 4 $(AGAIN)
+	$(call tests,1200,$(BIN)/python,-m "not slow",-n 4)
 
 slow: servers $(VENV)/.developing
-	$(BIN)/python -m pytest -q -m slow $(AGAIN)
+	$(call tests,2400,$(BIN)/python,-m slow)
 
 slow-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow $(AGAIN) plugins/dynamo-vllm
+	export OMP_NUM_THREADS=1; $(call tests,1200,$(VLLM)/bin/python,-m slow plugins/dynamo-vllm)
 
 lint: $(VENV)/.developing
 	$(BIN)/ruff check .

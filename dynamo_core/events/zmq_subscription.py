@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from dynamo_core.discovery.contract import Delete, Discovery, Put, Resync, Synced
+from dynamo_core.ending import ended
 from dynamo_core.errors import DynamoError
 from dynamo_core.events.contract import Event, Notice
 from dynamo_core.events.inbox import Inbox
@@ -81,8 +82,7 @@ class ZmqSubscription:
             self._reader.close()
             self._inbox.close()
             self._on_close(self)
-            self._follow.cancel()
-            await asyncio.wait([self._follow])
+            await ended(self._follow)
 
     def problem(self) -> str | None:
         if self._trouble:

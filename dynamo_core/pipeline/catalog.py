@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from dynamo_core.cards import ModelCard, Role
 from dynamo_core.config import build
 from dynamo_core.context import Context
+from dynamo_core.ending import ended
 from dynamo_core.errors import DynamoError, ModelNotFound, Unavailable
 from dynamo_core.pipeline import artifacts
 from dynamo_core.pipeline.around import Around
@@ -89,10 +90,7 @@ class FleetCatalog:
         try:
             yield catalog
         finally:
-            tasks: list[asyncio.Task[Any]] = [watching, synced, *catalog._admitting.values()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await ended(watching, synced, *catalog._admitting.values())
             await catalog._partings.close()
             await catalog._attachments.close()
             await catalog._feeds.close()

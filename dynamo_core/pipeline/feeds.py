@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from dynamo_core.ending import ended
 from dynamo_core.events.contract import Event, Gap, Subscription
 from dynamo_core.routing.router import Router
 from dynamo_core.runtime.runtime import Runtime
@@ -72,6 +73,4 @@ class EventFeeds:
         return {f"events {name}": why for name, why in self._broken.items()}
 
     async def close(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await ended(*self._tasks.values())

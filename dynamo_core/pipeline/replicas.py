@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from dynamo_core.ending import ended
 from dynamo_core.events.contract import Event, Gap, Left, Publisher
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.router import Router
@@ -213,6 +214,4 @@ class Replicas:
         return {f"replicas {component}": why for component, why in self._broken.items()}
 
     async def close(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await ended(*self._tasks.values())

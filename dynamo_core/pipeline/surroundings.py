@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from dynamo_core.cards import Role
 from dynamo_core.context import Context
+from dynamo_core.ending import ended
 from dynamo_core.events.contract import Publisher, Subscription
 from dynamo_core.routing.contract import Attached, Reports
 from dynamo_core.routing.decide import Part
@@ -98,8 +99,7 @@ class Attachments:
         """The lease is a new one: publishers and subscriptions of before are dead."""
         for attached in self._attached.values():
             for part, (surroundings, task) in list(attached.items()):
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                await ended(task)
                 attached[part] = self._start(part, surroundings)
 
     def problems(self) -> dict[str, str]:
@@ -111,7 +111,4 @@ class Attachments:
         return found
 
     async def close(self) -> None:
-        tasks = [task for attached in self._attached.values() for _, task in attached.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*(task for attached in self._attached.values() for _, task in attached.values()))

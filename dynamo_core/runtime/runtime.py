@@ -26,6 +26,7 @@ from dynamo_core.config import build
 from dynamo_core.config.schema import Config
 from dynamo_core.context import Context
 from dynamo_core.discovery.contract import Discovery, Lease
+from dynamo_core.ending import ended
 from dynamo_core.errors import DynamoError, EndpointNotFound, LeaseLost
 from dynamo_core.events.contract import EventContext, EventPlane, Publisher, Subscription
 from dynamo_core.plugins import Plugins
@@ -207,8 +208,7 @@ class Runtime:
 
     async def _close(self) -> None:
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await ended(self._keeper)
         for name in list(self._records):
             await self.unregister(name)
         with contextlib.suppress(DynamoError):

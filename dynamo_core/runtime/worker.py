@@ -18,6 +18,7 @@ import msgspec
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Worker as Settings
 from dynamo_core.context import Context
+from dynamo_core.ending import ended
 from dynamo_core.engines.contract import Controls, Drains, Engine, EngineContext, HasArtifacts, KvEvent, Probes
 from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestError, WorkerDraining
 from dynamo_core.events.contract import Publisher
@@ -367,8 +368,7 @@ class Worker:
         if self._canary is not None:
             self._canary.cancel()
         if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.gather(self._probe, return_exceptions=True)
+            await ended(self._probe)
         await asyncio.gather(*self._updates, return_exceptions=True)
         if self._relay is not None:
             self._relay.close()

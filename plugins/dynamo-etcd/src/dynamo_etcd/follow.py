@@ -13,6 +13,7 @@ import msgspec
 
 from dynamo_core.discovery.contract import Delete, Put
 from dynamo_core.discovery.watcher import Watcher
+from dynamo_core.ending import ended
 from dynamo_core.errors import StoreUnavailable
 from dynamo_etcd.gateway import OUT_OF_RANGE, Gateway, Refused
 from dynamo_etcd.wire import Event, Found, KeyValue, WatchLine, prefix_end
@@ -70,11 +71,10 @@ class Follower:
         self._task = asyncio.create_task(self._run(), name=f"discovery: watch {prefix}")
 
     async def close(self) -> None:
-        self._task.cancel()
         for handle in self._held.values():
             handle.cancel()
         self.watcher.close()
-        await asyncio.wait([self._task])
+        await ended(self._task)
 
     async def _run(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from nats.errors import AuthorizationError
 from nats.errors import Error as NatsError
 
 from dynamo_core.config.schema import Secret
+from dynamo_core.ending import ended
 from dynamo_core.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
@@ -108,11 +109,7 @@ class Connection:
                 if self.up:
                     await self._idle.wait()
                     await self._client.flush()
-        tasks = [task for task in (self._sender, self._reviver) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await ended(self._sender, self._reviver)
         self._up.clear()
         await self._client.close()
 

@@ -24,6 +24,7 @@ from nats.js.errors import APIError
 from dynamo_core.discovery.contract import LEASE_TTL, Change, Delete, Lease, Put
 from dynamo_core.discovery.limits import check_key, check_value
 from dynamo_core.discovery.watcher import Watcher
+from dynamo_core.ending import ended
 from dynamo_core.errors import LeaseLost, StoreUnavailable
 from dynamo_nats.connection import Connection, NatsOptions
 from dynamo_nats.ledger import Ledger, token
@@ -75,7 +76,7 @@ class NatsLease:
 
     async def _keep_alive(self) -> None:
         wait = self.ttl / 3
-        while True:
+        while not (self.revoked or self.lost.is_set()):  # the client may swallow the cancellation that ends this
             await asyncio.sleep(wait)
             if self._abandoned:
                 continue
@@ -155,8 +156,7 @@ class NatsDiscovery(NatsOptions):
     async def _leave(self) -> None:
         connection, self._connection = self._connection, None
         if self._looker is not None:
-            self._looker.cancel()
-            await asyncio.wait([self._looker])
+            await ended(self._looker)
             self._looker = None
             await self._reader.close()
         for lease in self._leases.values():

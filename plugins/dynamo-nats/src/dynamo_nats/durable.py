@@ -12,6 +12,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.api import DiscardPolicy, StreamConfig
 
+from dynamo_core.ending import ended
 from dynamo_nats.connection import Connection
 from dynamo_nats.stream import RETRY, TIMEOUT, Replay, Stream
 
@@ -47,8 +48,7 @@ class DurableStream:
         if self._sender is not None:
             if self._out and self._connection.up:
                 await asyncio.wait([self._sender], timeout=TIMEOUT)
-            self._sender.cancel()
-            await asyncio.wait([self._sender])
+            await ended(self._sender)
 
     def problem(self) -> str | None:
         return self._trouble

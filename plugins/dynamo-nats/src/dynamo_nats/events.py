@@ -10,6 +10,7 @@ import attrs
 import msgspec
 from attrs import validators as v
 
+from dynamo_core.ending import ended
 from dynamo_core.errors import DynamoError
 from dynamo_core.events.contract import EventContext
 from dynamo_nats.connection import Connection, NatsOptions
@@ -130,9 +131,7 @@ class NatsEvents(NatsOptions):
             if state.publishers:
                 state.publishers = 1
                 await self.withdraw(topic)
-        if self._ticking is not None:
-            self._ticking.cancel()
-            await asyncio.wait([self._ticking])
+        await ended(self._ticking)
         if self._stream is not None:
             await self._stream.close()
             self._stream = None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from nats.aio.msg import Msg
 
+from dynamo_core.ending import ended
 from dynamo_nats.connection import Connection, NatsOptions, nobody_there
 from dynamo_nats.link import GONE, HEADER, OPEN, Link
 
@@ -43,9 +44,7 @@ class Port:
         self._beating = asyncio.create_task(self._beat(), name="nats links: heartbeats")
 
     async def close(self) -> None:
-        if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.wait([self._beating])
+        await ended(self._beating)
         for link in list(self.links.values()):
             link.abort()
         await self._connection.close()

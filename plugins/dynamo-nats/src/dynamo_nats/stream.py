@@ -12,6 +12,7 @@ from nats.errors import Error as NatsError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamConfig, StreamInfo
 from nats.js.errors import APIError
 
+from dynamo_core.ending import ended
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_nats.connection import Connection
 
@@ -95,9 +96,7 @@ class Replay:
 
     async def close(self) -> None:
         self._stream.connection.on_up.remove(self._broken.set)
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+        await ended(self._keeper)
         if self._number is not None:
             await self._stream.connection.unsubscribe(self._number)
 

@@ -12,6 +12,7 @@ import attrs
 from nats.aio.msg import Msg
 
 from dynamo_core.discovery.contract import Delete, Discovery, Put, Resync, Synced
+from dynamo_core.ending import ended
 from dynamo_core.errors import DynamoError
 from dynamo_core.events.contract import Event, Notice
 from dynamo_core.events.inbox import Inbox
@@ -96,8 +97,7 @@ class NatsSubscription:
             return
         self._inbox.close()
         self._on_close(self)
-        self._follow.cancel()
-        await asyncio.wait([self._follow])
+        await ended(self._follow)
         number, self._number = self._number, None
         if number is not None and self._connection is not None:
             await self._connection.unsubscribe(number)

@@ -16,6 +16,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from dynamo_core.ending import ended
 from dynamo_core.engines import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 
 log = logging.getLogger(__name__)
@@ -105,9 +106,7 @@ class KvFeed:
         self._task = asyncio.create_task(self._run(), name=f"kv events of rank {self._rank}")
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await ended(self._task)
         self._context.destroy(linger=0)
 
     async def _run(self) -> None:

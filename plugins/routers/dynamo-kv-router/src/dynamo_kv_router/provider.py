@@ -18,6 +18,7 @@ import attrs
 from attrs import validators as v
 
 from dynamo_core.cards import ModelCard
+from dynamo_core.ending import ended
 from dynamo_core.engines.contract import KvEvent
 from dynamo_core.errors import DynamoError
 from dynamo_core.kv import Chains, Change, Hasher
@@ -272,9 +273,7 @@ class KvIndex:
     async def detach(self) -> None:
         self._surroundings = None
         tasks, self._tasks = self._tasks, set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*tasks)
         for source in self._sources.values():
             source.asking = False
 
