@@ -41,6 +41,7 @@ KINDS: Mapping[str, str] = {
     "http_server": "runs the ASGI application",
     "routes": "more HTTP surface of the frontend (dynamo_core.frontend.extensions)",
     "middleware": "ASGI middleware of the frontend (dynamo_core.frontend.extensions)",
+    "planner": "decides how many workers there are",
     "connector": "where the planner scales",
     "predictor": "what load the planner expects",
     "planner_stage": "how the planner decides",
@@ -62,6 +63,7 @@ KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("policy", "kv-plus"): "dynamo-kv-router",
     ("scorer", "kv-overlap"): "dynamo-kv-router",
     ("http_server", "granian"): "dynamo-core[granian]",
+    ("planner", "standard"): "dynamo-planner",
 }
 """Components of distributions that may not be installed, so that the error can say what to install."""
 

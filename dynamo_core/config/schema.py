@@ -335,6 +335,8 @@ class Config:
     """How prompts travel between prefill and decode workers."""
     workers: tuple[Worker, ...] = ()
     """The engines that `dynamo up` starts."""
+    planner: Use | None = choice("planner")
+    """What decides how many workers there are, for `dynamo planner run`."""
     status: Status = attrs.field(factory=Status)
     """The status endpoint of roles without HTTP."""
     kv: Kv = attrs.field(factory=Kv)
