@@ -14,11 +14,14 @@
     │   └── RateLimited       429
     │       └── QuotaExceeded 429, and asking again will not help
     ├── Unavailable           nobody's fault: 503 with Retry-After
+    │   ├── CannotPair        503, a prefill and a decode worker cannot hand KV blocks over
     │   ├── NoWorker          503, no worker can take the request
     │   └── AllBusy           529, every worker is over its limit
     ├── Cancelled             499, the caller went away
     ├── StoreUnavailable      the discovery store does not answer
     ├── LeaseLost             our registration expired
+    ├── ScaleRefused          so many replicas cannot be had, and asking again will not help
+    ├── ConnectorUnavailable  whoever starts and stops replicas does not answer, or did not confirm
     └── StreamError           the stream between caller and worker ended badly
         ├── CannotConnect     migratable
         ├── Disconnected      migratable
@@ -187,6 +190,12 @@ class Unavailable(DynamoError):
         super().__init__(message)
 
 
+class CannotPair(Unavailable):
+    """A prefill and a decode worker of one model do not agree on what the hand-over of KV blocks needs."""
+
+    code = "cannot_pair"
+
+
 class NoWorker(Unavailable):
     """No worker can take the request; `reasons` says why, worker by worker (at most a few)."""
 
@@ -223,6 +232,20 @@ class LeaseLost(DynamoError):
     """Our lease expired or was revoked: everything registered under it is gone."""
 
     code = "lease_lost"
+
+
+class ScaleRefused(DynamoError):
+    """The targets cannot be had: an unknown role, no room, somebody else's decision. Nothing was changed."""
+
+    code = "scale_refused"
+    status = 409
+
+
+class ConnectorUnavailable(DynamoError):
+    """Whoever starts and stops replicas does not answer, or did not confirm: what runs is unknown, so ask again later."""
+
+    code = "connector_unavailable"
+    status = 503
 
 
 # ------------------------------------------------------------------ the stream
