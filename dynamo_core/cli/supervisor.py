@@ -1,4 +1,4 @@
-"""Child processes of `dynamo up`: started with a name, their lines prefixed, restarted when they crash, stopped in order."""
+"""Child processes: started with a name, their lines prefixed, restarted when they crash, stopped one by one or all in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
@@ -24,17 +24,23 @@ LAST_GRACE = 5.0
 """Seconds between asking a child to end and ending it, beyond its own drain time."""
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Child:
     """One role as a process. `rank` gives the order of stopping: lower first."""
 
     name: str
     arguments: Sequence[str]
     rank: int = 0
+    environment: Mapping[str, str] = attrs.field(factory=dict[str, str])
+    """Variables that it has besides ours."""
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
     exit_code: int | None = None
     """Of its last end."""
+    hopeless: bool = False
+    """It is not started again."""
+    leaving: asyncio.Event = attrs.field(factory=asyncio.Event, eq=False, repr=False)
+    """It was told to end, and has no successor."""
 
 
 class Supervisor:
@@ -48,24 +54,43 @@ class Supervisor:
         """Which one."""
         self._say = say
         self._grace = grace
-        self._watchers: list[asyncio.Task[None]] = []
+        self._watchers: dict[Child, asyncio.Task[None]] = {}
         self._stopping = False
 
     def start(self, child: Child) -> None:
         self.children.append(child)
-        self._watchers.append(asyncio.create_task(self._watch(child), name=f"child {child.name}"))
+        self._watchers[child] = asyncio.create_task(self._watch(child), name=f"child {child.name}")
+
+    async def retire(self, child: Child) -> None:
+        """End one child for good, within its drain time; what does not end is killed. Returns when it has ended."""
+        watcher = self._watchers[child]
+        child.leaving.set()
+        if child.process is not None and child.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.process.send_signal(signal.SIGTERM)
+        _, late = await asyncio.wait((watcher,), timeout=self._grace + LAST_GRACE)
+        if late and child.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.process.pid, signal.SIGKILL)
+            await asyncio.wait((watcher,))
+        if child in self._watchers:
+            del self._watchers[child]
+            self.children.remove(child)
 
     async def _watch(self, child: Child) -> None:
         crashes = 0
-        while not self._stopping:
+        while not self._stopping and not child.leaving.is_set():
             started = time.monotonic()
             child.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "dynamo_core.cli", *child.arguments, env={**os.environ, "DYNAMO_SUPERVISED": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+                sys.executable, "-m", "dynamo_core.cli", *child.arguments,
+                env={**os.environ, "DYNAMO_SUPERVISED": str(os.getpid()), "PYTHONUNBUFFERED": "1", **child.environment},
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
             )
+            if child.leaving.is_set():  # told so while it was being made
+                child.process.send_signal(signal.SIGTERM)
             await self._forward(child)
             child.exit_code = await child.process.wait()
-            if self._stopping:
+            if self._stopping or child.leaving.is_set():
                 return
             child.restarts += 1
             if child.exit_code == CONFIGURATION:
@@ -83,7 +108,9 @@ class Supervisor:
             delay = min(0.5 * 2 ** (crashes - 1), 15.0)
             ended = signal.Signals(-child.exit_code).name if child.exit_code < 0 else f"exit code {child.exit_code}"
             self._say(child.name, f"ended ({ended}); starting again in {delay:g} s")
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await child.leaving.wait()
 
     async def _forward(self, child: Child) -> None:
         assert child.process is not None
@@ -99,6 +126,7 @@ class Supervisor:
             self._say(child.name, rest.decode("utf-8", "replace").rstrip())
 
     def _give_up(self, child: Child) -> None:
+        child.hopeless = True
         self.lost = child
         self.failed.set()
 
@@ -107,9 +135,11 @@ class Supervisor:
         self._stopping = True
         for rank in sorted({child.rank for child in self.children}):
             group = [child.process for child in self.children if child.rank == rank and child.process and child.process.returncode is None]
+            told = [child.process for child in self.children if child.leaving.is_set()]
             for process in group:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
+                if process not in told:  # a second signal would cut what it still serves
+                    with contextlib.suppress(ProcessLookupError):
+                        process.send_signal(signal.SIGTERM)
             waiting = [asyncio.create_task(process.wait()) for process in group]
             if waiting:
                 _, late = await asyncio.wait(waiting, timeout=self._grace + LAST_GRACE)
@@ -119,6 +149,6 @@ class Supervisor:
                             with contextlib.suppress(ProcessLookupError):
                                 os.killpg(process.pid, signal.SIGKILL)
                     await asyncio.gather(*late)
-        for watcher in self._watchers:
+        for watcher in self._watchers.values():
             watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await asyncio.gather(*self._watchers.values(), return_exceptions=True)

@@ -105,3 +105,47 @@ sys.exit(run_role(role))
 """
     orphan = subprocess.run([sys.executable, "-c", script], env={**os.environ, "DYNAMO_SUPERVISED": "999999"}, timeout=60, check=False)
     assert orphan.returncode == 7
+
+
+async def test_a_retired_child_ends_for_good_and_the_others_stay(supervised) -> None:
+    keeper, said = supervised
+    script = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('up', flush=True)\nwhile True: time.sleep(0.1)"
+    leaving, staying = Child("leaving", [script]), Child("staying", [script])
+    for child in (leaving, staying):
+        keeper.start(child)
+    await until(lambda: {("leaving", "up"), ("staying", "up")} <= set(said))
+    await keeper.retire(leaving)
+    assert leaving.exit_code == 0
+    assert keeper.children == [staying]
+    assert staying.process.returncode is None
+    await keeper.stop()
+
+
+async def test_a_child_that_waits_to_be_started_again_can_be_retired(supervised) -> None:
+    keeper, said = supervised
+    child = Child("crashing", ["raise SystemExit(1)"])
+    keeper.start(child)
+    await until(lambda: any("starting again" in line for _, line in said))
+    await keeper.retire(child)
+    assert keeper.children == []
+    assert child.process.returncode is not None
+    await keeper.stop()
+
+
+async def test_a_child_that_is_retired_while_its_process_is_made_ends_as_well(supervised) -> None:
+    keeper, _ = supervised
+    child = Child("early", ["import time; time.sleep(300)"])
+    keeper.start(child)
+    await asyncio.sleep(0)
+    await keeper.retire(child)
+    assert child.process is None or child.process.returncode is not None
+    assert keeper.children == []
+    await keeper.stop()
+
+
+async def test_a_child_has_the_variables_that_it_was_given(supervised) -> None:
+    keeper, said = supervised
+    keeper.start(Child("reader", ["import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); import time; time.sleep(60)"],
+                       environment={"CUDA_VISIBLE_DEVICES": "2,3"}))
+    await until(lambda: ("reader", "2,3") in said)
+    await keeper.stop()
