@@ -23,6 +23,7 @@ except ModuleNotFoundError as e:
 
 if TYPE_CHECKING:
     from dynamo_core.contracts.authenticator import AuthenticatorContract
+    from dynamo_core.contracts.connector import ConnectorContract
     from dynamo_core.contracts.discovery import DiscoveryContract
     from dynamo_core.contracts.engine import EngineContract
     from dynamo_core.contracts.events import EventPlaneContract
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AuthenticatorContract": "authenticator",
+    "ConnectorContract": "connector",
     "DiscoveryContract": "discovery",
     "EngineContract": "engine",
     "EventPlaneContract": "events",
@@ -48,6 +50,7 @@ _MODULES = {
 
 __all__ = [
     "AuthenticatorContract",
+    "ConnectorContract",
     "DiscoveryContract",
     "EngineContract",
     "EventPlaneContract",

@@ -12,7 +12,7 @@ The numbered guarantees are the specification; `dynamo_core.contracts.connector`
     C7  A replica that dies is not counted as ready, and has a successor; `desired` stays.
     C8  A replica that can never serve is `starting` and `reducible`, and the first to go; what serves goes on.
     C9  What cannot be known or done is `ConnectorUnavailable`, never a count of zero and never silence; it passes by itself.
-    C10 Calls may be cancelled, and come at once: afterwards `desired` is one of the targets that were asked for, whole. `close` may come twice.
+    C10  Calls may be cancelled, and come at once: afterwards `desired` is one of the targets that were asked for, whole. `close` may come twice.
 """
 
 from __future__ import annotations
