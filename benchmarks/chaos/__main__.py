@@ -13,10 +13,12 @@ from pathlib import Path
 from benchmarks.chaos import report
 from benchmarks.chaos.faults import FAULTS, Fault
 from benchmarks.chaos.fields import missing, open_field
-from benchmarks.chaos.stage import Shape
+from benchmarks.chaos.stage import Shape, Stage
 from benchmarks.chaos.trial import Verdict, attempt
 from dynamo_core.runtime.process import new_event_loop, raise_file_limit
 
+LONGEST = 400.0
+"""Seconds after which one fault has had its chance."""
 FULL, SHORT = Shape(), Shape(workers=3, frontends=2, streams=24, tokens=40, pace_ms=20, ttl=4, usual=3)
 
 
@@ -28,23 +30,37 @@ async def run(faults: Sequence[Fault], shape: Shape, seed: int, folder: Path, sa
         if (why := missing(field)) is not None:
             left_out[field] = why
             continue
-        async with open_field(field, folder / field, shape, seed) as stage:
-            for fault in (fault for fault in faults if fault.field == field):
-                started = time.monotonic()
-                try:
-                    verdict = await attempt(fault, stage, seed)
-                except Exception as e:
-                    verdict = Verdict(fault.name, fault.what, violations=[f"the trial itself failed: {type(e).__name__}: {e}"])
-                verdicts.append(verdict)
-                if say:
-                    print(f"{'ok  ' if not verdict.violations else 'FAIL'} {fault.name}: {time.monotonic() - started:.0f} s, {verdict}", flush=True)
+        here = [fault for fault in faults if fault.field == field]
+        try:
+            async with open_field(field, folder / field, shape, seed) as stage:
+                for fault in here:
+                    started = time.monotonic()
+                    verdicts.append(verdict := await _tried(fault, stage, seed))
+                    if say:
+                        print(f"{'ok  ' if not verdict.violations else 'FAIL'} {fault.name}: {time.monotonic() - started:.0f} s, {verdict}", flush=True)
+        except Exception as e:  # its fleet did not come up, or did not go: the other fields are tried all the same
+            seen = {verdict.fault for verdict in verdicts}
+            verdicts += [_failed(fault, e) for fault in here if fault.name not in seen]
+            print(f"FAIL {field}: {type(e).__name__}: {e}", flush=True)
     return verdicts, left_out
+
+
+async def _tried(fault: Fault, stage: Stage, seed: int) -> Verdict:
+    try:
+        async with asyncio.timeout(LONGEST):
+            return await attempt(fault, stage, seed)
+    except Exception as e:
+        return _failed(fault, e)
+
+
+def _failed(fault: Fault, error: Exception) -> Verdict:
+    return Verdict(fault.name, fault.what, violations=[f"the trial itself failed: {type(error).__name__}: {error}"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", default=[], help="faults whose name contains this")
-    parser.add_argument("--field", action="append", default=[], help="file, network, clock, etcd or nats")
+    parser.add_argument("--field", action="append", default=[], help="file, network, clock, etcd, nats, nats-network or certificates")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--streams", type=int, default=FULL.streams)
     parser.add_argument("--short", action="store_true", help="a small fleet, and the faults of the shortened suite")

@@ -11,7 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import attrs
 import httptools
@@ -250,4 +250,4 @@ class SlowReaders:
 
 
 def failures(answers: Sequence[Answer]) -> dict[str, int]:
-    return dict(Counter(cast(str, answer.error) for answer in answers if answer.error))
+    return dict(Counter(answer.error for answer in answers if answer.error))

@@ -17,6 +17,8 @@ import attrs
 from benchmarks.chaos.clients import SlowReaders
 from benchmarks.chaos.stage import Role, Stage
 
+PATIENCE = 10.0
+"""Seconds of silence on every way to every worker that requests in progress outlast: then they are asked, and given up."""
 GRACE = 5.0
 """Seconds beyond the lease in which a worker that is gone must have left every router."""
 
@@ -43,7 +45,7 @@ class Fault:
     what: str
     run: Callable[[Stage, random.Random, Harm], Awaitable[None]]
     field: str = "file"
-    """On which stage: file, network, clock, etcd, nats."""
+    """On which stage: file, network, clock, etcd, nats, nats-network, certificates."""
     short: bool = False
     """Part of the shortened suite."""
 
@@ -206,10 +208,12 @@ def _network(seconds: float, **state: float) -> Callable[[Stage, random.Random, 
     return run
 
 
-fault("network cut for 5 s", "no packet passes between the frontends and half of the workers", field="network")(_network(5.0, up=False))
-fault("network cut for 30 s", "no packet passes between the frontends and half of the workers", field="network")(_network(30.0, up=False))
-fault("network slow", "200 ms more in each direction, to half of the workers, for 30 s", field="network")(_network(30.0, delay=0.2))
-fault("network loses packets", "5 % of the packets to and from half of the workers, for 30 s", field="network")(_network(30.0, loss=0.05))
+for _field, _name, _ends in (("network", "network", "the frontends"), ("nats-network", "network to NATS", "NATS with the frontends")):
+    for _seconds in (5, 30):
+        fault(f"{_name} cut for {_seconds} s", f"no packet passes between {_ends} and half of the workers", field=_field,
+              short=(_field, _seconds) == ("nats-network", 5))(_network(_seconds, up=False))
+    fault(f"{_name} slow", f"200 ms more in each direction between {_ends} and half of the workers, for 30 s", field=_field)(_network(30.0, delay=0.2))
+    fault(f"{_name} loses packets", f"5 % of the packets between {_ends} and half of the workers, for 30 s", field=_field)(_network(30.0, loss=0.05))
 
 
 # ------------------------------------------------------------------ stores and planes that are servers
@@ -235,9 +239,26 @@ async def _wiped(stage: Stage, dice: random.Random, harm: Harm) -> None:
     await stage.store.wipe()
 
 
+def _servers_stopped(seconds: float, count: int) -> Callable[[Stage, random.Random, Harm], Awaitable[None]]:
+    async def run(stage: Stage, dice: random.Random, harm: Harm) -> None:
+        harm.may_fail = count == 3 and seconds > PATIENCE
+        await stage.store.stop(dice.sample(stage.store.cluster.nodes, count), seconds)
+
+    return run
+
+
+async def _renewed(stage: Stage, dice: random.Random, harm: Harm) -> None:
+    await stage.store.renew()
+
+
 _THREE = "`kill -9` of the three servers; started again 60 s later"
 for _field in ("etcd", "nats"):
     fault(f"{_field}: leader lost", "`kill -9` of the leader of three; started again 10 s later", field=_field)(_leader_lost)
     fault(f"{_field}: data wiped", "the three servers killed, their data deleted, started again", field=_field)(_wiped)
 fault("etcd: all gone for a minute", _THREE, field="etcd")(_all_gone)
 fault("nats: all gone for a minute", _THREE + "; no request can reach a worker meanwhile, since NATS is the request plane, too", field="nats")(_no_way)
+for _seconds in (5, 15):
+    fault(f"nats: a server stopped for {_seconds} s", "`SIGSTOP` of one of three, then `SIGCONT`", field="nats")(_servers_stopped(_seconds, 1))
+    fault(f"nats: all stopped for {_seconds} s", "`SIGSTOP` of the three servers, then `SIGCONT`", field="nats", short=_seconds == 5)(_servers_stopped(_seconds, 3))
+fault("certificates renewed", "etcd and NATS with mutual TLS: new certificates for servers and processes at the old places, then new connections; no process of the fleet starts anew",
+      field="certificates", short=True)(_renewed)

@@ -7,30 +7,34 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from benchmarks.chaos import network
+from benchmarks.chaos.certificates import Certified
 from benchmarks.chaos.stage import Shape, Stage, fresh, raised
 from dynamo_core.plugins import Plugins
 
 _FILE = '[discovery]\nuse = "file"\npath = "{path}"'
+_STORES = {"etcd": ("etcd",), "nats": ("nats",), "nats-network": ("nats",), "certificates": ("etcd", "nats")}
+"""What a field needs."""
 
 
 def missing(field: str) -> str | None:
     """Why faults of this field cannot be tried here; `None`: they can."""
-    if field == "network":
-        return network.available()
+    if field in ("network", "nats-network") and (why := network.available()) is not None:
+        return why
     if field == "clock":
         return None if shutil.which("cc") else "there is no C compiler for the clock that it needs"
-    if field in ("etcd", "nats"):
-        if not {("discovery", field), ("request_plane", field)} & Plugins.load().components.keys():
-            return f"dynamo-{field} is not installed"
-        server = {"etcd": "etcd", "nats": "nats-server"}[field]
-        return None if shutil.which(server, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin") else f"{server} is not installed"
+    for store in _STORES.get(field, ()):
+        if ("discovery", store) not in Plugins.load().components:
+            return f"dynamo-{store} is not installed"
+        server = {"etcd": "etcd", "nats": "nats-server"}[store]
+        if not shutil.which(server, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"):
+            return f"{server} is not installed"
     return None
 
 
@@ -42,17 +46,17 @@ async def open_field(field: str, folder: Path, shape: Shape, seed: int) -> Async
         store: Any = folder / "store" / "discovery"
         planes = _FILE.format(path=store)
         link = None
-        if field == "network":
+        if field in ("network", "nats-network"):
             link = exits.enter_context(network.link(seed))
             shape = attrs.evolve(shape, remote=shape.workers // 2)
+        if field in _STORES:
+            store = await asyncio.to_thread(_servers, field, folder, link)
+            exits.callback(store.kill)
+            planes = store.planes
         elif field == "clock":
             clock = folder / "clock"
             clock.write_bytes(bytes(8))
             environ = {"LD_PRELOAD": str(await asyncio.to_thread(_compiled, folder)), "CHAOS_CLOCK": str(clock)}
-        elif field in ("etcd", "nats"):
-            store = await asyncio.to_thread(_servers, field, folder)
-            exits.callback(store.cluster.kill)
-            planes = store.planes
         if isinstance(store, Path):
             exits.enter_context(_small_disk(folder / "store"))
         yield await exits.enter_async_context(raised(folder, shape, planes, seed=seed, store=store, environ=environ, link=link))
@@ -81,10 +85,13 @@ def _compiled(folder: Path) -> Path:
 
 @attrs.define
 class Servers:
-    """Three nodes of a store, and what can happen to them."""
+    """Nodes of a store, and what can happen to them."""
 
     cluster: Any
     planes: str
+
+    def kill(self) -> None:
+        self.cluster.kill()
 
     async def lose_leader(self, seconds: float) -> None:
         leader = getattr(self.cluster, "leader", lambda: 0)
@@ -98,27 +105,37 @@ class Servers:
         await asyncio.sleep(seconds)
         await asyncio.to_thread(self.cluster.start)
 
+    async def stop(self, nodes: Sequence[Any], seconds: float) -> None:
+        """`SIGSTOP`: connections stay open, and nobody answers."""
+        try:
+            for node in nodes:
+                await asyncio.to_thread(node.pause)
+            await asyncio.sleep(seconds)
+        finally:
+            for node in nodes:
+                node.resume()
+
     async def wipe(self) -> None:
         await asyncio.to_thread(self.cluster.kill)
         await asyncio.to_thread(self.cluster.wipe)
         await asyncio.to_thread(self.cluster.start)
 
 
-def _servers(field: str, folder: Path) -> Servers:
+def _servers(field: str, folder: Path, link: network.Link | None) -> Servers | Certified:
     from dynamo_core.testing import servers
 
+    if field == "certificates":
+        return Certified.issued(folder)
     if field == "etcd":
         etcd = servers.EtcdCluster(folder / "etcd", nodes=3)
         return Servers(etcd, f'[discovery]\nuse = "etcd"\nendpoints = {_array(etcd.endpoints)}')
-    nats = servers.NatsCluster(folder / "nats", nodes=3)
-    there = Plugins.load().components
-    tables = [
-        f'[{plane}]\nuse = "nats"\nservers = {_array(nats.servers)}' for plane in ("discovery", "event_plane", "request_plane") if (plane, "nats") in there
-    ]
-    if ("discovery", "nats") not in there:
-        tables.append(_FILE.format(path=folder / "discovery"))
-    return Servers(nats, "\n".join(tables))
+    nats = servers.NatsCluster(folder / "nats", nodes=1, host=link.near) if link else servers.NatsCluster(folder / "nats", nodes=3)
+    return Servers(nats, _nats_planes(nats.servers, ("discovery", "event_plane", "request_plane")))
 
 
-def _array(texts: list[str]) -> str:
+def _nats_planes(servers: Sequence[str], planes: Sequence[str], more: str = "") -> str:
+    return "\n".join(f'[{plane}]\nuse = "nats"\nservers = {_array(servers)}\n{more}' for plane in planes)
+
+
+def _array(texts: Sequence[str]) -> str:
     return "[" + ", ".join(f'"{text}"' for text in texts) + "]"

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import attrs
 
@@ -57,7 +57,7 @@ def available() -> str | None:
 
 
 @contextlib.contextmanager
-def link(seed: int) -> Iterator[Link]:
+def link(seed: int) -> Generator[Link]:
     name = f"chaos-{os.getpid() % 10000}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     process = None

@@ -135,6 +135,10 @@ class Node:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    def reload(self) -> None:
+        """SIGHUP."""
+        self._signal(signal.SIGHUP)
+
     def wipe(self) -> None:
         """Forget everything. Only while it is down."""
         assert not self.running, "wipe a server that is down"
@@ -256,20 +260,24 @@ class EtcdCluster(Cluster):
 
 
 class NatsCluster(Cluster):
-    """One node or several, with JetStream. `more` is text for the configuration of each: `authorization { ... }`, `accounts { ... }`."""
+    """One node or several, with JetStream. `more` is text for the configuration of each: `authorization { ... }`, `accounts { ... }`.
+
+    `host`: where clients reach it; an address of another network namespace's link, say. Tools ask it at 127.0.0.1 all the same.
+    """
 
     def __init__(self, folder: Path, *, nodes: int = 1, tls: ServerTls | None = None, more: str = "", jetstream: bool = True,
-                 max_payload: int | None = None) -> None:
+                 max_payload: int | None = None, host: str = "127.0.0.1") -> None:
         folder.mkdir(parents=True)
         clients, routes, monitors = ([free_port() for _ in range(nodes)] for _ in range(3))
-        self.servers = [f"{'tls' if tls else 'nats'}://127.0.0.1:{port}" for port in clients]
+        self.servers = [f"{'tls' if tls else 'nats'}://{host}:{port}" for port in clients]
+        self._host = host
         self._clients = clients
         self._monitors = monitors
         self._jetstream = jetstream
         self.nodes = []
         for i in range(nodes):
             path = folder / f"n{i}.conf"
-            lines = [f'server_name: "n{i}"', f'listen: "127.0.0.1:{clients[i]}"', f'http: "127.0.0.1:{monitors[i]}"', more]
+            lines = [f'server_name: "n{i}"', f'listen: "{host}:{clients[i]}"', f'http: "127.0.0.1:{monitors[i]}"', more]
             if jetstream:
                 lines.append(f'jetstream {{ store_dir: "{folder / f"n{i}"}", max_memory_store: 256MB, max_file_store: 1GB }}')
             if nodes > 1:
@@ -286,7 +294,7 @@ class NatsCluster(Cluster):
     def ready(self) -> bool:
         for port, monitor in zip(self._clients, self._monitors, strict=True):
             try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                socket.create_connection((self._host, port), timeout=1).close()
                 if len(self._ask(monitor, "routez").get("routes", ())) < len(self.nodes) - 1:
                     return False
                 if self._jetstream and len(self.nodes) > 1 and not self._ask(monitor, "jsz").get("meta_cluster", {}).get("leader"):
@@ -294,6 +302,17 @@ class NatsCluster(Cluster):
             except (OSError, ValueError):
                 return False
         return True
+
+    def reload(self) -> None:
+        """Have every node read its configuration again, certificates included (SIGHUP)."""
+        for node in self.nodes:
+            node.reload()
+
+    def certificates(self, name: str) -> list[str]:
+        """Whose certificates the clients have shown whose names begin like this."""
+        connected = [connection for monitor in self._monitors for connection in self._ask(monitor, "connz?auth=true&limit=1024")["connections"]]
+        shown = [connection.get("tls_peer_certs") for connection in connected if connection.get("name", "").startswith(name)]
+        return [certificates[0]["subject"].removeprefix("CN=") for certificates in shown if certificates]
 
     def home(self, name: str) -> int | None:
         """The index of the node to which the client of this name is connected."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import time
 
 import nkeys
@@ -163,5 +164,33 @@ async def test_garbage_on_our_subjects_disturbs_nobody(nats_server, counting, re
             await stranger.publish(subject, garbage)
     await stranger.close()
     assert await read_all(stream) == list(range(60))
+    await channel.close()
+    await server.close()
+
+
+async def test_renewed_certificates_are_shown_and_believed_without_a_restart(nats_server, authority, counting, read_all, tmp_path) -> None:
+    """Of this process and of the servers, and the authority as well: whoever renews it leaves both in the file for a while."""
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    files = ca, cert, key, server_cert, server_key = [folder / name for name in ("ca.pem", "cert.pem", "key.pem", "server.pem", "server.key")]
+
+    def renew(name: str, signer: Authority, *more: Authority) -> None:
+        ca.write_bytes(b"".join(one.cert.read_bytes() for one in (signer, *more)))
+        for new, path in zip((*signer.issue(name), *signer.issue(f"nats-{name}")), files[1:], strict=True):
+            shutil.copy(new, path)
+
+    renew("first", authority)
+    nats = nats_server(tls=ServerTls(ca, server_cert, server_key, require_client_cert=True))
+    plane = NatsPlane(servers=tuple(nats.servers), tls=NatsTls(ca, cert, key), lost_after=10.0)
+    server = await plane.serve(counting, "")
+    channel = await plane.connect(server.address)
+    stream = channel.open("paced", b"300", Context("s"))
+    assert await asyncio.to_thread(nats.certificates, "dynamo") == ["first"]
+    renew("second", Authority(tmp_path, "next"), authority)
+    await asyncio.to_thread(nats.reload)
+    nats.kill()
+    await asyncio.to_thread(nats.start)
+    assert await read_all(stream) == list(range(300))
+    assert await asyncio.to_thread(nats.certificates, "dynamo") == ["second"]
     await channel.close()
     await server.close()

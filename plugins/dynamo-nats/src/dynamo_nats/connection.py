@@ -158,11 +158,11 @@ class Connection:
         tls = self._options.tls
         if tls is None:
             return None
-        try:
-            if self._secure is None:
-                self._secure = ssl.create_default_context(cafile=tls.ca)
-            if tls.cert is not None:  # again before each connection: renewed files are used from then on
-                self._secure.load_cert_chain(tls.cert, tls.key)
+        try:  # again before each connection: renewed files are used from then on
+            secure = ssl.create_default_context(cafile=tls.ca)
+            if tls.cert is not None:
+                secure.load_cert_chain(tls.cert, tls.key)
+            self._secure = secure
         except (OSError, ssl.SSLError) as e:
             if not self._up.is_set() and self._sender is None:
                 raise ConfigError(Problem(f"the tls files of NATS cannot be used: {e}")) from e
@@ -244,7 +244,8 @@ class Connection:
                 log.warning("lost NATS: %s", self._last_error or "the connection ended")
             for tell in self.on_down:
                 tell()
-        self._context()
+        if self._secure is not None:
+            self._client.options["tls"] = self._context()
 
     async def _reconnected(self) -> None:
         self._last_error = None
