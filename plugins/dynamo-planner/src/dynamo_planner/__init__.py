@@ -8,3 +8,21 @@ from dynamo_core.plugins import Registry
 def dynamo_register(registry: Registry) -> None:
     registry.add("planner", "standard", "dynamo_planner.config:Planner", summary="predict, propose, reconcile, constrain; every stage by name")
     registry.add("connector", "local", "dynamo_planner.connectors.local:LocalConnector", summary="workers as processes of this machine")
+    registry.add("connector", "virtual", "dynamo_planner.connectors.virtual:VirtualConnector", summary="decisions in the discovery store, for somebody else to act on")
+    for name, target, summary in (
+        ("constant", "baselines:Constant", "it stays as it is"),
+        ("seasonal-naive", "baselines:SeasonalNaive", "as it was a day ago"),
+        ("ewma", "baselines:Ewma", "the mean of the past, the recent past counting more"),
+        ("kalman", "kalman:KalmanLevel", "a level that wanders"),
+        ("kalman-trend", "kalman:KalmanTrend", "a level with a slope that fades"),
+        ("arima", "statistical:Arima", "ARIMA; pip install dynamo-planner[statsmodels]"),
+        ("ets", "statistical:Ets", "exponential smoothing; pip install dynamo-planner[statsmodels]"),
+    ):
+        registry.add("predictor", name, f"dynamo_planner.predict.{target}", summary=summary)
+    for name, target, summary in (
+        ("forecast", "forecast:ForecastLoad", "predict: the peak until a new replica would serve"),
+        ("sla", "sla:Sla", "propose: what the expected load needs to meet the latency targets"),
+        ("load", "load:ByLoad", "propose: what the engines say of themselves now"),
+        ("merge", "merge:Merge", "reconcile: the greatest wish, between floors and ceilings"),
+    ):
+        registry.add("planner_stage", name, f"dynamo_planner.stages.{target}", summary=summary)
