@@ -30,6 +30,19 @@ class Artifact(msgspec.Struct, frozen=True):
         return cls(name, hashlib.sha256(content).hexdigest(), len(content))
 
 
+class Handover(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How a worker hands KV blocks over, or takes them. `docs/decisions` has both protocols."""
+
+    protocol: Literal["prefill-first", "bootstrap"] = "prefill-first"
+    """`prefill-first`: prefill answers, and its answer travels to decode. `bootstrap`: both get the request at once, and meet by a number."""
+    meeting_point: dict[str, Any] = {}
+    """Of a prefill worker with `bootstrap`: what a decode worker needs to find it."""
+    decode_alone: bool = True
+    """Of a decode worker with `bootstrap`: it can read a prompt by itself."""
+    terms: dict[str, str | int] = {}
+    """What both sides must agree on, by name (`tensor_parallel`, `kv_layout`); what only one of them names is not compared."""
+
+
 class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What an engine says about the model that it serves."""
 
@@ -74,6 +87,8 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     taints: tuple[str, ...] = ()
     engine: str = ""
     """Name and version of the engine, for people."""
+    handover: Handover = Handover()
+    """Of prefill and decode workers."""
     runtime: dict[str, Any] = {}
 
     def checksum(self) -> str:
@@ -85,3 +100,12 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         parts = (self.tokenizer.digest if self.tokenizer else "", self.chat_template or "", repr(self.template_tokens),
                  repr(self.eos_token_ids), str(self.add_bos), str(self.block_size))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def mismatch(one: ModelCard, other: ModelCard) -> str | None:
+    """Why a prefill and a decode worker cannot hand KV blocks over, or `None` when they can."""
+    mine, theirs = one.handover, other.handover
+    pairs = [("block size", one.block_size, other.block_size), ("protocol", mine.protocol, theirs.protocol)]
+    pairs += [(name.replace("_", " "), mine.terms[name], theirs.terms[name]) for name in sorted(mine.terms.keys() & theirs.terms.keys())]
+    differing = [f"{name} is {a} here and {b} there" for name, a, b in pairs if a != b]
+    return ", ".join(differing) or None

@@ -29,6 +29,7 @@
         ├── WorkerOverloaded  migratable: this worker is at capacity
         ├── WorkerDraining    migratable: this worker is leaving
         ├── EngineDead        migratable: the engine behind this worker died
+        ├── PeerLost          migratable: the worker that has the other half of this request is gone
         ├── EngineFailed      not migratable: the engine refused or broke on this very request
         ├── EndpointNotFound  not migratable: nobody serves that name there
         └── ProtocolViolation not migratable: the peer sent what the protocol forbids
@@ -288,6 +289,14 @@ class WorkerDraining(StreamError):
 
 class EngineDead(StreamError):
     code = "engine_dead"
+    status = 503
+    migratable = True
+
+
+class PeerLost(StreamError):
+    """Said by a healthy worker: prefill for decode, or the other way round."""
+
+    code = "peer_lost"
     status = 503
     migratable = True
 

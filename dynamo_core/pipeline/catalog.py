@@ -11,9 +11,10 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from dynamo_core.cards import ModelCard, Role
@@ -33,6 +34,7 @@ from dynamo_core.pipeline.replicas import Replicas
 from dynamo_core.pipeline.stacks import Stacks
 from dynamo_core.pipeline.surroundings import Attachments
 from dynamo_core.pipeline.waiting import QueueMetrics
+from dynamo_core.preprocess.contract import Preprocessor
 from dynamo_core.preprocess.text import TextPreprocessor
 from dynamo_core.routing.ring import Ring
 from dynamo_core.routing.router import Router
@@ -44,6 +46,7 @@ from dynamo_core.types import Instance
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT = 15.0
+EXPLAIN_TIMEOUT = 3.0
 RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to admit a worker; the last one repeats."""
 
@@ -59,9 +62,11 @@ def _offer(instance: Instance) -> _Offer:
 class FleetCatalog:
     """Implements `pipeline.contract.Catalog`. Use `FleetCatalog.open`."""
 
-    def __init__(self, runtime: Runtime, registry: CollectorRegistry) -> None:
+    def __init__(self, runtime: Runtime, registry: CollectorRegistry, preprocessor: Callable[[ModelCard, bytes], Preprocessor] = TextPreprocessor) -> None:
+        """:param preprocessor: makes one from a card and the content of its tokenizer, in a thread."""
         self._runtime = runtime
         self._config = runtime.config
+        self._preprocessor = preprocessor
         self._models: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         self._building: dict[str, asyncio.Lock] = {}
@@ -81,9 +86,10 @@ class FleetCatalog:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, runtime: Runtime, registry: CollectorRegistry) -> AsyncGenerator[FleetCatalog]:
+    async def open(cls, runtime: Runtime, registry: CollectorRegistry,
+                   preprocessor: Callable[[ModelCard, bytes], Preprocessor] = TextPreprocessor) -> AsyncGenerator[FleetCatalog]:
         """Follow discovery until left; what existed before is known when it is entered."""
-        catalog = cls(runtime, registry)
+        catalog = cls(runtime, registry, preprocessor)
         watching = asyncio.create_task(catalog._watch.run(), name="fleet watch")
         synced = asyncio.create_task(catalog._watch.synced.wait())
         await asyncio.wait((watching, synced), timeout=10.0, return_when=asyncio.FIRST_COMPLETED)
@@ -110,13 +116,18 @@ class FleetCatalog:
                 raise Unavailable(self.not_ready() or "this server has no model yet")
             raise ModelNotFound(f"the model {name!r} does not exist here; models: {', '.join(sorted(self._models))}", param="model")
         if (missing := model.not_ready()) is not None:
-            raise Unavailable(missing)
+            refused = next((why for offer, why in self._refused.items() if offer in self._announced and self._announced[offer].name == model.name), None)
+            raise Unavailable(missing + (f"; a worker is refused: {refused}" if refused else ""))
         return model
 
     async def settled(self, timeout: float) -> None:
         """Return when every worker that is known now was admitted, or after `timeout` seconds. At once when there is none."""
         if admitting := [task for task in self._admitting.values() if not task.done()]:
             await asyncio.wait(admitting, timeout=timeout)
+
+    def known(self) -> Mapping[str, ServedModel]:
+        """Every model that a worker has offered, ready or not."""
+        return self._models
 
     def models(self) -> Sequence[ServedModel]:
         return [model for _, model in sorted(self._models.items()) if model.not_ready() is None]
@@ -131,6 +142,22 @@ class FleetCatalog:
     def decision(self, decision_id: str) -> dict[str, Any] | None:
         decision = self._ring.get(decision_id)
         return None if decision is None else {**decision.to_dict(), "text": decision.render()}
+
+    async def further(self, decision_id: str) -> list[dict[str, Any]]:
+        """What the worker that served the request decided in its turn: pools, and workers of pools. Empty when it decides nothing."""
+        decision = self._ring.get(decision_id)
+        if decision is None or decision.dispatched is None or (model := self._models.get(decision.request.model)) is None:
+            return []
+        member = model.members.get(decision.dispatched.instance)
+        if member is None or "explain" not in member.card.capabilities:
+            return []
+        instance = member.instance
+        endpoint, question = f"{instance.namespace}.{instance.component}.{names.CONTROL}", msgspec.json.encode({"action": "explain", "id": decision.request.id})
+        try:
+            answer = await self._runtime.channels.call(instance.address, endpoint, question, Context("explain"), timeout=EXPLAIN_TIMEOUT)
+            return msgspec.json.decode(b"".join(part for part in answer if isinstance(part, bytes)))["decisions"]
+        except (DynamoError, TimeoutError) as e:
+            return [{"text": f"what {instance.label} decided is not to be had: {str(e) or 'it did not answer in time'}"}]
 
     def decisions(self, limit: int, since: float) -> list[dict[str, Any]]:
         newest = itertools.takewhile(lambda decision: decision.time >= since, reversed(self._ring))
@@ -220,6 +247,8 @@ class FleetCatalog:
     async def _model_for(self, instance: Instance, card: ModelCard) -> ServedModel:
         async with self._building.setdefault(card.name, asyncio.Lock()):
             model = self._models.get(card.name)
+            if model is not None:
+                model.check_pair(card)
             if model is not None and model.checksum != card.checksum():
                 if model.members:
                     raise Unavailable(f"it offers {card.name!r} with another tokenizer, template or block size than the workers that serve it; "
@@ -235,7 +264,7 @@ class FleetCatalog:
         if card.tokenizer is None:
             raise Unavailable(f"the card of model {card.name!r} names no tokenizer")
         content = await artifacts.fetch(self._runtime.channels, instance, card.tokenizer)
-        preprocessor = await asyncio.to_thread(TextPreprocessor, card, content)
+        preprocessor = await asyncio.to_thread(self._preprocessor, card, content)
         metrics = PipelineMetrics(self._families, card.name)
 
         def follow(router: Router) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Migration
 from dynamo_core.context import Context
-from dynamo_core.errors import AllBusy, Cancelled, Disconnected, DynamoError, NoWorker, StreamError, Unavailable, WorkerOverloaded
+from dynamo_core.errors import AllBusy, Cancelled, Disconnected, DynamoError, NoWorker, PeerLost, StreamError, Unavailable, WorkerOverloaded
 from dynamo_core.pipeline.dispatch import Dispatcher, Leg, routing_request
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.routing.contract import Worker
@@ -49,6 +49,8 @@ class TokenStream:
         """When the request lost its worker; until the next token it is without one."""
         self._failed: list[Worker] = []
         self._sink: Callable[[Sequence[Output]], bool] | None = None
+        self.elsewhere = False
+        """The caller has another place for the request, until the first output: nobody is waited for here."""
 
     async def start(self) -> None:
         """:raises DynamoError: nobody took the request."""
@@ -82,11 +84,11 @@ class TokenStream:
                 return ()
             await self._move(Disconnected("the worker ended the stream before its end"))
 
-    def listen(self, sink: Callable[[Sequence[Output]], bool]) -> None:
+    def listen(self, sink: Callable[[Sequence[Output]], bool] | None) -> None:
         """While `read` waits, offer outputs to `sink` in the callback that brings them, whichever worker it is. Only plain ones: tokens
-        without an end, and without anything else that is said once. What the sink declines is read."""
+        without an end, and without anything else that is said once. What the sink declines is read. `None` ends that."""
         self._sink = sink
-        if self._leg is not None:
+        if self._leg is not None and sink is not None:
             self._attach(self._leg, sink)
 
     def cancel(self, reason: str) -> None:
@@ -152,7 +154,7 @@ class TokenStream:
         """Go on elsewhere. :raises DynamoError: it must not, or cannot."""
         lost = self._leg
         self._end("failed")
-        if lost is not None:
+        if lost is not None and not isinstance(error, PeerLost):
             self._failed.append(lost.worker)
             self._dispatcher.failed(lost.worker, error)
         if (why_not := self._immovable(error)) is not None:
@@ -163,7 +165,7 @@ class TokenStream:
             self._lost_at = started
         # Who had a worker waits for another one, full ones included; who comes new to a full fleet is told at once.
         patient = self._lost_at is not None
-        deadline = (self._lost_at or started) + self._settings.wait
+        deadline = (self._lost_at or started) + (0.0 if self.elsewhere and not self._emitted else self._settings.wait)
         cause: DynamoError = error
         while True:
             if self._context.cancelled:
@@ -218,6 +220,9 @@ class TokenStream:
     def _rest(self) -> Request | None:
         """The request that asks for what is still missing; `None` when only the end was missing."""
         emitted = self._emitted
+        if self._request.transfer is not None:
+            # The blocks were fetched, or lost with who held them: whoever goes on computes them.
+            self._request = msgspec.structs.replace(self._request, transfer=None)
         if not emitted:
             return self._request
         stops = self._request.stops
@@ -225,7 +230,7 @@ class TokenStream:
         if left is not None and left <= 0:
             return None
         return msgspec.structs.replace(
-            self._request, token_ids=self._request.token_ids + emitted, resumed=len(emitted), prompt_logprobs=None,
+            self._request, token_ids=self._request.token_ids + emitted, resumed=self._request.resumed + len(emitted), prompt_logprobs=None,
             stops=msgspec.structs.replace(stops, max_tokens=left, min_tokens=max(0, stops.min_tokens - len(emitted))),
         )
 

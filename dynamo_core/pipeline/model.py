@@ -10,16 +10,18 @@ from typing import Any
 import attrs
 import msgspec
 
-from dynamo_core.cards import ModelCard, Role
+from dynamo_core.cards import Handover, ModelCard, Role, mismatch
 from dynamo_core.config.schema import Disaggregation, Migration
 from dynamo_core.context import Context
-from dynamo_core.errors import Unavailable
+from dynamo_core.errors import CannotPair, RequestError, Unavailable
 from dynamo_core.observability import tracing
 from dynamo_core.pipeline.around import Around, Surrounded
+from dynamo_core.pipeline.bootstrap import BootstrapStream
 from dynamo_core.pipeline.contract import Generation
-from dynamo_core.pipeline.disagg import DisaggregatedStream, suits
+from dynamo_core.pipeline.disagg import DisaggregatedStream
 from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
 from dynamo_core.pipeline.generation import TextGeneration
+from dynamo_core.pipeline.handover import suits
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.pipeline.migrate import TokenStream
 from dynamo_core.preprocess.contract import Preprocessor
@@ -66,6 +68,8 @@ class ServedModel:
         self._needs: tuple[tuple[Role, ...], ...] = ()
         """Sets of roles, one of which must be present as well; empty when some worker needs nobody."""
         """Roles that have a proven worker. Kept, because every request asks."""
+        self._handover = Handover()
+        """Of the decode workers, which agree on it."""
         self._last_left: float | None = None
         self._active: set[str] = set()
 
@@ -75,6 +79,15 @@ class ServedModel:
         if (found := self.dispatchers.get(role)) is None:
             found = self.dispatchers[role] = self._make_dispatcher(role)
         return found
+
+    def check_pair(self, card: ModelCard) -> None:
+        """:raises CannotPair: it could not hand KV blocks to a worker that is here already, or take them from it."""
+        peer: Role = "prefill" if card.role == "decode" else "decode"
+        if card.role not in ("prefill", "decode"):
+            return
+        for member in self.members.values():
+            if member.card.role == peer and (why := mismatch(card, member.card)) is not None:
+                raise CannotPair(f"this {card.role} worker cannot hand over with {peer} worker {member.instance.label}: {why}; make them alike")
 
     def add(self, member: Member) -> None:
         """Known to the router from now on, and avoided until it is proven."""
@@ -107,10 +120,10 @@ class ServedModel:
     def _count(self) -> None:
         proven = [m for m in self.members.values() if m.proven]
         self._serving = frozenset(m.card.role for m in proven)
-        able = [m for m in proven if m.card.role == "aggregated" or (m.card.role == "decode" and not self._disaggregation.fallback)]
-        if self._disaggregation.fallback:
-            able += [Member(m.instance, msgspec.structs.replace(m.card, needs=())) for m in proven if m.card.role == "decode"]
-        self._needs = () if any(not m.card.needs for m in able) else tuple(need for m in able for need in m.card.needs)
+        able = [m.card for m in proven if m.card.role in ("aggregated", "decode")]
+        needs = [() if card.role == "decode" and card.handover.decode_alone and self._disaggregation.fallback else card.needs for card in able]
+        self._needs = tuple(itertools.chain.from_iterable(needs)) if all(needs) else ()
+        self._handover = next((m.card.handover for m in proven if m.card.role == "decode"), Handover())
         self._metrics.workers(sum(m.proven for m in self.members.values()), len(self.members))
 
     def not_ready(self) -> str | None:
@@ -159,14 +172,40 @@ class ServedModel:
         span.event("routed", {"decision": stream.decisions[-1], "worker": stream.workers[-1]})
         return TextGeneration(stream, request, text, self.preprocessor, ended)
 
+    def tokens(self, request: Request, context: Context, role: Role | None = None) -> TokenStream:
+        """A generation without text, for callers that pass tokens on; it is not started. The caller keeps request ids apart.
+
+        :param role: by workers of this role alone, whatever may be missing beside them.
+        :raises RequestError: the request does not fit. :raises Unavailable: the model is not ready.
+        """
+        if role is not None:
+            return TokenStream(request, self.card, context, self.dispatcher(role), self._migration, self._metrics)
+        self._check(request)
+        return self._stream(request, context)
+
+    def roles(self) -> tuple[Role, Role]:
+        """Which workers read prompts, and which generate."""
+        main = self._main_role()
+        return ("prefill" if main == "decode" and "prefill" in self._serving else main), main
+
     def _stream(self, request: Request, context: Context) -> TokenStream:
         role = self._main_role()
         decode = self.dispatcher(role)
-        possible = role == "decode" and suits(request) and ("prefill" in self._serving or not self._disaggregation.fallback)
-        if possible and self._worth_it(request, decode, context):
-            prefill = self.dispatcher("prefill")
-            return DisaggregatedStream(request, self.card, context, prefill, decode, self._disaggregation, self._migration, self._metrics)
-        return TokenStream(request, self.card, context, decode, self._migration, self._metrics)
+        alone = role != "decode" or self._handover.decode_alone
+        if not alone and not suits(request):
+            raise RequestError(f"the decode workers of model {self.name!r} read no prompts: one choice, and no logprobs of the prompt", param="n")
+        possible = role == "decode" and suits(request) and ("prefill" in self._serving or not self._disaggregation.fallback or not alone)
+        if not possible or (alone and not self._worth_it(request, decode, context)):
+            return TokenStream(request, self.card, context, decode, self._migration, self._metrics)
+        parts = (request, self.card, context, self.dispatcher("prefill"), decode)
+        fallback = self._disaggregation.fallback and alone
+        if self._handover.protocol == "bootstrap":
+            return BootstrapStream(*parts, self._migration, self._metrics, handover=self._handover_of, fallback=fallback)
+        return DisaggregatedStream(*parts, self._disaggregation, self._migration, self._metrics)
+
+    def _handover_of(self, worker: Worker) -> Handover:
+        member = self.members.get(worker.instance)
+        return Handover() if member is None else member.card.handover
 
     def _main_role(self) -> Role:
         """Who generates: decode workers where prefill workers stand beside them, else whoever can do it alone."""

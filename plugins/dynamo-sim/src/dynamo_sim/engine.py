@@ -7,17 +7,18 @@ import logging
 from array import array
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import attrs
 from attrs import validators as v
 
-from dynamo_core.cards import Artifact, ModelCard, Role
+from dynamo_core.cards import Artifact, Handover, ModelCard, Role
 from dynamo_core.context import Context
 from dynamo_core.engines import EngineContext, admit
 from dynamo_core.errors import DynamoError, EngineDead
 from dynamo_core.types import Load, Output, Request, Sampling
 from dynamo_sim import vocabulary
+from dynamo_sim.rendezvous import Desk, blocks_of
 from dynamo_sim.scheduler import Limits, Scheduler, Sequence, Step
 from dynamo_sim.timing import Fixed, Linear, Polynomial, Timing
 from dynamo_sim.tokens import absorb, seed_state
@@ -85,6 +86,8 @@ class SimEngine:
     pace_ms: float | None = attrs.field(default=None, validator=[v.optional(v.gt(0)), _only_timing])
     linear: Linear | None = None
     role: str = attrs.field(default="aggregated", validator=v.in_(["aggregated", "prefill", "decode"]))
+    protocol: Literal["prefill-first", "bootstrap"] = "prefill-first"
+    bootstrap_host: str = "127.0.0.1"
     transfer_ms: float = attrs.field(default=2.0, validator=v.ge(0))
     transfer_us_per_token: float = attrs.field(default=5.0, validator=v.ge(0))
     startup_time: float = attrs.field(default=0.0, validator=v.ge(0))
@@ -94,6 +97,8 @@ class SimEngine:
     _card: ModelCard | None = attrs.field(default=None, init=False, repr=False)
     _vocabulary: vocabulary.Vocabulary = attrs.field(default=None, init=False, repr=False)
     _scheduler: Scheduler = attrs.field(default=None, init=False, repr=False)
+    _desk: Desk | None = attrs.field(default=None, init=False, repr=False)
+    """Where decode workers come for the blocks of a prefill worker."""
     _driver: asyncio.Task[None] | None = attrs.field(default=None, init=False, repr=False)
     _work: asyncio.Future[None] | None = attrs.field(default=None, init=False, repr=False)
     """What the driver waits for while there is nothing to do."""
@@ -109,6 +114,7 @@ class SimEngine:
         self._vocabulary = words = await asyncio.to_thread(vocabulary.of_model, self.model_path) if self.model_path else vocabulary.built_in()
         limits = Limits(**{field.name: getattr(self, field.name) for field in attrs.fields(Limits)})
         self._scheduler = Scheduler(limits, self._timing(), words.answers)
+        handover = await self._open_desk()
         self._card = card = ModelCard(
             name=self.model,
             role=cast("Role", self.role),
@@ -128,6 +134,7 @@ class SimEngine:
             max_batched_tokens=self.max_batched_tokens,
             kv_events=self.kv_events and self.prefix_caching,
             capabilities=("n",),
+            handover=handover,
             engine="dynamo-sim",
         )
         self._driver = asyncio.create_task(self._run(), name=f"sim engine of {context.name}")
@@ -140,6 +147,7 @@ class SimEngine:
         limit = admit(request, self._card)
         await self._fetch(request)
         stream = _Stream()
+        room = None if self._desk is None or request.transfer is None else int(request.transfer["room"])
         sequences = [self._sequence(request, index, limit, stream) for index in range(request.sampling.n)]
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -158,18 +166,24 @@ class SimEngine:
                 for output in outputs:
                     if output.finish_reason is not None:
                         unfinished -= 1
-                        if self.role == "prefill":
+                        if self.role == "prefill" and room is None:
                             output.transfer = {"tokens": len(request.token_ids)}
                     yield output
+            if room is not None and self._desk is not None:
+                await self._desk.taken(room)
         finally:
             self._streams.discard(stream)
-            if unfinished:
+            if room is not None and self._desk is not None:
+                self._desk.leave(room)
+            if unfinished or room is not None:
                 for sequence in sequences:
                     self._scheduler.cancel(sequence)
 
     async def stop(self) -> None:
         self._card = None
         self._fail_streams(EngineDead("the simulated engine was stopped"))
+        if self._desk is not None:
+            await self._desk.close()
         driver, self._driver = self._driver, None
         if driver is not None:
             driver.cancel()
@@ -193,10 +207,23 @@ class SimEngine:
 
     # ------------------------------------------------------------------ one request
 
+    async def _open_desk(self) -> Handover:
+        if self.role == "aggregated":
+            return Handover()
+        if self.role == "decode" or self.protocol != "bootstrap":
+            return Handover(protocol=self.protocol)
+        self._desk = Desk()
+        return Handover(protocol=self.protocol, meeting_point=await self._desk.open(self.bootstrap_host))
+
     async def _fetch(self, request: Request) -> None:
-        """Let the time pass that the blocks of a prompt take from one worker to another."""
-        if request.transfer is not None and self.speedup:
-            await asyncio.sleep((self.transfer_ms + self.transfer_us_per_token * len(request.token_ids) / 1000) / 1000 / self.speedup)
+        """Let the time pass that the blocks of a prompt take from one worker to another. :raises PeerLost: the other one has gone."""
+        if self.role != "prefill" and (transfer := request.transfer) is not None:
+            seconds = (self.transfer_ms + self.transfer_us_per_token * len(request.token_ids) / 1000) / 1000 / self.speedup if self.speedup else 0.0
+            if "room" in transfer:
+                async with blocks_of(transfer["host"], transfer["port"], transfer["room"]):
+                    await asyncio.sleep(seconds)
+            else:
+                await asyncio.sleep(seconds)
         if self._card is None:
             raise EngineDead("the simulated engine was stopped")
 
@@ -216,7 +243,8 @@ class SimEngine:
             eos=eos,
             stop_ids=frozenset(stops.stop_token_ids),
             stop_after=stops.min_tokens,
-            fetched=len(request.token_ids) - 1 if request.transfer is not None else 0,
+            fetched=len(request.token_ids) - 1 if request.transfer is not None and self.role != "prefill" else 0,
+            keep=request.transfer is not None and self._desk is not None,
             adapter=request.adapter,
             cache_salt=request.cache_salt,
             index=index,

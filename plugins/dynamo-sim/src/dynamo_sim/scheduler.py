@@ -51,6 +51,8 @@ class Sequence:
     """Tokens to generate before stop ids count."""
     fetched: int = 0
     """Prompt tokens whose blocks came from another worker; preempted, it computes them like anybody."""
+    keep: bool = False
+    """Its blocks stay in use after its end, until it is cancelled: another worker is to fetch them."""
     adapter: str | None = None
     cache_salt: str | None = None
     index: int = 0
@@ -72,7 +74,7 @@ class Sequence:
     computed: int = attrs.field(default=0, init=False)
     room: int = attrs.field(default=0, init=False)
     """Tokens that can be computed before another block is needed."""
-    place: Literal["waiting", "prefill", "decode", "gone"] = attrs.field(default="waiting", init=False)
+    place: Literal["waiting", "prefill", "decode", "kept", "gone"] = attrs.field(default="waiting", init=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.generated)
@@ -132,7 +134,8 @@ class Scheduler:
         if sequence.place == "waiting":
             self._waiting.remove(sequence)
         elif sequence.place != "gone":
-            self._running.remove(sequence)
+            if sequence.place != "kept":
+                self._running.remove(sequence)
             self._free(sequence)
         sequence.place = "gone"
 
@@ -278,6 +281,9 @@ class Scheduler:
         else:
             return
         self._running.remove(sequence)
+        if sequence.keep:
+            sequence.place = "kept"
+            return
         self._free(sequence)
         sequence.place = "gone"
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import attrs
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -41,15 +40,14 @@ def _placed(decision: Decision | None) -> Placed | None:
 
 
 class _Told:
-    """The share of a router: what it books, the routers of other frontends hear at once, less the prompt."""
+    """The share of a router: what it books, the routers of other frontends hear at once."""
 
     def __init__(self, others: Sequence[Router]) -> None:
         self._others = others
 
     def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
-        bare = attrs.evolve(request, token_ids=())
         for router in self._others:
-            router.booked(bare, worker, overlap_tokens, elsewhere=True)
+            router.booked(request, worker, overlap_tokens, elsewhere=True)
 
     def first_token(self, request_id: str, worker: Worker) -> None:
         for router in self._others:
