@@ -101,6 +101,7 @@ class TextGeneration:
         self._end(None)
 
     def _end(self, error: BaseException | None) -> None:
+        self._stream.listen(None)  # it knows this generation: together they would be garbage that only the collector finds
         ended, self._ended = self._ended, None
         if ended is not None:
             ended(error)
