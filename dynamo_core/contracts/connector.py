@@ -79,11 +79,14 @@ class ConnectorContract:
         first, *others = self.roles
         await connector.scale(dict.fromkeys(self.roles, 1), reason="contract")
         await self.settled(connector, dict.fromkeys(self.roles, 1))
-        await connector.scale({first: 1}, reason="contract: nothing changes")
-        await connector.scale({}, reason="contract: nobody is named")
+        def still(seen: Mapping[str, RoleState]) -> bool:
+            return all(state.stable and state.ready == 1 for state in seen.values())
+
+        await self.change(connector, {first: 1}, watch=still)
+        await self.change(connector, {}, watch=still)
         for _ in range(5):
             seen = await self.look(connector)
-            assert all(state.stable and state.ready == 1 for state in seen.values()), f"a target that changes nothing moved {seen}"
+            assert still(seen), f"a target that changes nothing moved {seen}"
             await asyncio.sleep(self.poll)
         await connector.scale({first: 2}, reason="contract")
         seen = await self.settled(connector, {**dict.fromkeys(self.roles, 1), first: 2}, watch=lambda seen: all(seen[role].ready == 1 for role in others))
@@ -109,8 +112,12 @@ class ConnectorContract:
             await connector.scale(before, reason="contract")
             await self.settled(connector, before)
             most = self.footprint(await self.look(connector))
-            await connector.scale({other: 2, one: 1}, reason="contract")
-            await self.settled(connector, {one: 1, other: 2}, watch=lambda seen, most=most: self.footprint(seen) <= most)
+
+            def no_more(seen: Mapping[str, RoleState], most: int = most) -> bool:
+                return self.footprint(seen) <= most
+
+            await self.change(connector, {other: 2, one: 1}, watch=no_more)
+            await self.settled(connector, {one: 1, other: 2}, watch=no_more)
 
     async def test_c7_a_replica_that_dies_has_a_successor(self, connector: Connector) -> None:
         role = self.roles[0]
@@ -200,6 +207,15 @@ class ConnectorContract:
             still = state.ready == state.desired and not state.starting and not state.draining
             assert state.stable == still, f"{role}: `stable` is {state.stable}: {state}"
         return seen
+
+    async def change(self, connector: Connector, targets: Mapping[str, int], *, watch: Callable[[Mapping[str, RoleState]], bool]) -> None:
+        """Scale, and look on: `watch` must hold at every moment."""
+        changing = asyncio.ensure_future(connector.scale(targets, reason="contract"))
+        while not changing.done():
+            seen = await self.look(connector)
+            assert watch(seen), f"while it was asked for {dict(targets)}: {dict(seen)}"
+            await asyncio.sleep(self.poll / 4)
+        await changing
 
     async def until(self, connector: Connector, condition: Callable[[Mapping[str, RoleState]], bool], otherwise: str) -> Mapping[str, RoleState]:
         seen: Mapping[str, RoleState] = {}
