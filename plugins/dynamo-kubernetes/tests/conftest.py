@@ -1,0 +1,149 @@
+"""A real API server on a real etcd, namespaces of their own for the tests, and whoever else a cluster has: see `controllers.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import ssl
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_core.testing.servers import Authority, Cluster, Node, free_port
+from dynamo_kubernetes.access import find
+from dynamo_kubernetes.api import Kube, Refused
+
+HERE = Path(__file__).parent
+GUARD = 40.0
+_numbers = itertools.count()
+
+
+def program() -> str:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "dynamo-tests"
+    found = [Path(path) for path in (os.environ.get("KUBE_APISERVER"), *sorted(cache.glob("kube-apiserver-*[0-9]"))) if path]
+    if not found:
+        raise RuntimeError("these tests need a kube-apiserver: run `make kube-apiserver` once")
+    return str(found[-1])
+
+
+class ApiServer(Cluster):
+    """One kube-apiserver with RBAC. Tokens: `admin` may do everything, `nobody` nothing."""
+
+    def __init__(self, folder: Path, etcd: str, authority: Authority) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.ca = folder, authority.cert
+        self.port = free_port()
+        self.url = f"https://127.0.0.1:{self.port}"
+        cert, key = authority.issue("kube-apiserver")
+        signing = folder / "sa.key"
+        subprocess.run(["openssl", "genrsa", "-out", str(signing), "2048"], check=True, capture_output=True)
+        tokens = folder / "tokens.csv"
+        tokens.write_text('admin-token,admin,1,"system:masters"\nnobody-token,nobody,2\n')
+        self.nodes = [Node([
+            program(), f"--etcd-servers={etcd}", f"--etcd-prefix=/{folder.name}", f"--secure-port={self.port}", "--bind-address=127.0.0.1",
+            f"--tls-cert-file={cert}", f"--tls-private-key-file={key}", f"--client-ca-file={authority.cert}", f"--cert-dir={folder}",
+            f"--service-account-key-file={signing}", f"--service-account-signing-key-file={signing}",
+            "--service-account-issuer=https://kubernetes.default.svc", f"--token-auth-file={tokens}", "--authorization-mode=RBAC",
+            "--service-cluster-ip-range=10.0.0.0/24", "--disable-admission-plugins=ServiceAccount", "--allow-privileged=true", "--v=1",
+        ], folder / "data", folder / "log")]
+        self.start()
+
+    def ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=2, context=ssl.create_default_context(cafile=self.ca)) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def kubeconfig(self, token: str = "admin-token", *, port: int | None = None, namespace: str = "default", user: dict[str, Any] | None = None) -> Path:
+        path = self.folder / f"kubeconfig-{next(_numbers)}"
+        path.write_text(json.dumps({
+            "apiVersion": "v1", "kind": "Config", "current-context": "here",
+            "contexts": [{"name": "here", "context": {"cluster": "it", "user": "me", "namespace": namespace}}],
+            "clusters": [{"name": "it", "cluster": {"server": f"https://127.0.0.1:{port or self.port}", "certificate-authority": str(self.ca)}}],
+            "users": [{"name": "me", "user": user if user is not None else {"token": token}}],
+        }))
+        return path
+
+
+@pytest.fixture(scope="session")
+def api_server(tmp_path_factory: pytest.TempPathFactory, etcd_server, authority: Authority) -> Iterator[ApiServer]:
+    server = ApiServer(tmp_path_factory.mktemp("kubernetes") / "server", etcd_server().endpoints[0], authority)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def kube(api_server: ApiServer) -> AsyncIterator[Kube]:
+    """An administrator of a namespace that nobody else uses."""
+    if not api_server.nodes[0].running:
+        await asyncio.to_thread(api_server.start)  # if the test before left it down
+    namespace = f"test-{os.getpid()}-{next(_numbers)}"
+    async with Kube(find(api_server.kubeconfig(), None, namespace), 15.0, agent="administrator") as kube:
+        await kube.call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+        yield kube
+
+
+@pytest.fixture
+def controllers(api_server: ApiServer, kube: Kube) -> Iterator[Callable[..., Any]]:
+    """`controllers("kubelet", "operator")` plays these roles for the namespace, in a process of its own, until the test ends."""
+    with ExitStack() as stack:
+
+        def start(*roles: str, **options: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, str(HERE / "controllers.py"), str(api_server.kubeconfig(namespace=kube.namespace)), *roles,
+                       *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+            return stack.enter_context(_running(command))
+
+        yield start
+
+
+@contextmanager
+def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    """`await until(condition)`: some controller or other needs a moment."""
+
+    async def wait(condition: Callable[[], Any]) -> Any:
+        async with asyncio.timeout(GUARD):
+            while not (found := await condition()):
+                await asyncio.sleep(0.1)
+            return found
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def custom_resources(api_server: ApiServer) -> None:
+    """The custom resource definitions of `crds/`, served."""
+
+    async def install() -> None:
+        async with Kube(find(api_server.kubeconfig(), None, None), 15.0) as kube:
+            for file in sorted((HERE / "crds").glob("*.json")):
+                definition = json.loads(file.read_text())
+                await kube.call("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition)
+                group, version = definition["spec"]["group"], definition["spec"]["versions"][0]["name"]
+                async with asyncio.timeout(GUARD):
+                    while True:
+                        try:
+                            await kube.call("GET", kube.path(f"{group}/{version}", definition["spec"]["names"]["plural"]))
+                            break
+                        except Refused:
+                            await asyncio.sleep(0.1)
+
+    asyncio.run(install())
