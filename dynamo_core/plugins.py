@@ -30,6 +30,7 @@ KINDS: Mapping[str, str] = {
     "picker": "picks a worker from the totals",
     "policy": "a whole policy, or a named preset of a stack",
     "facts": "provides columns of facts about workers",
+    "pool_strategy": "which pool serves a request (dynamo_global_router.contract)",
     "discovery": "leased key/value store with prefix watch (dynamo_core.discovery.contract)",
     "event_plane": "publish and subscribe with sequence numbers (dynamo_core.events.contract)",
     "request_plane": "streams to named endpoints (dynamo_core.transport.contract)",
@@ -49,6 +50,7 @@ KINDS: Mapping[str, str] = {
 }
 
 KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
+    ("engine", "global-router"): "dynamo-global-router",
     ("engine", "llamacpp"): "dynamo-llamacpp",
     ("engine", "sim"): "dynamo-sim",
     ("engine", "vllm"): "dynamo-vllm",
@@ -60,6 +62,8 @@ KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("event_plane", "nats"): "dynamo-nats",
     ("request_plane", "nats"): "dynamo-nats",
     ("policy", "kv"): "dynamo-kv-router",
+    ("pool_strategy", "grid"): "dynamo-global-router",
+    ("pool_strategy", "predicted"): "dynamo-global-router",
     ("policy", "kv-plus"): "dynamo-kv-router",
     ("scorer", "kv-overlap"): "dynamo-kv-router",
     ("http_server", "granian"): "dynamo-core[granian]",

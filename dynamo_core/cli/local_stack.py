@@ -67,14 +67,23 @@ class LocalStack:
 
     @property
     def wanted(self) -> int:
-        """Workers that the file asks for."""
-        return sum(worker.count for worker in self.config.workers)
+        """Workers that the frontend of the file must see."""
+        return sum(worker.count for worker in self.config.workers if worker.namespace in (None, self.config.namespace))
 
-    async def status_urls(self, role: str) -> list[str]:
+    async def status_urls(self, role: str, namespace: str | None = None) -> list[str]:
         """Status endpoints of the processes of a role, from discovery."""
         with contextlib.suppress(DynamoError):
-            return sorted(value.decode() for value in (await self._discovery.items(f"v1/status/{self.config.namespace}/{role}/")).values())
+            return sorted(value.decode() for value in (await self._discovery.items(f"v1/status/{namespace or self.config.namespace}/{role}/")).values())
         return []
+
+    async def _missing_elsewhere(self) -> int:
+        """Workers in other namespaces than the frontend's, which are not registered yet: they register when they are ready."""
+        missing = 0
+        for namespace, name in {(w.namespace, w.name) for w in self.config.workers if w.namespace not in (None, self.config.namespace)}:
+            wanted = sum(w.count for w in self.config.workers if (w.namespace, w.name) == (namespace, name))
+            with contextlib.suppress(DynamoError):
+                missing += max(0, wanted - len(await self._discovery.items(f"v1/instances/{namespace}/{name}/generate/")))
+        return missing
 
     async def wait_ready(self, progress: Callable[[str], None], timeout: float) -> str:
         """Return the frontend's URL once every worker of the file serves. `progress` gets one sentence at each change.
@@ -102,6 +111,8 @@ class LocalStack:
         urls = await self.status_urls("frontend")
         if not urls:
             return "", f"starting the frontend{'s' if processes > 1 else ''}", False
+        if missing := await self._missing_elsewhere():
+            return urls[0], f"{missing} workers of other namespaces are not ready", False
         proven = 0
         # Processes that share one address answer in no order: each question is a connection of its own, until every one of them has said it.
         for asked in await self.status_urls("frontend-admin") or urls:
@@ -123,8 +134,8 @@ class LocalStack:
 
     async def _phases(self, client: httpx.AsyncClient) -> list[str]:
         found: list[str] = []
-        for name in sorted({worker.name for worker in self.config.workers}):
-            for url in await self.status_urls(name):
+        for name, namespace in sorted({(worker.name, worker.namespace or self.config.namespace) for worker in self.config.workers}):
+            for url in await self.status_urls(name, namespace):
                 with contextlib.suppress(httpx.HTTPError, ValueError):
                     phase = (await client.get(f"{url}/health")).json().get("problems", {}).get("starting")
                     if phase and phase not in found:

@@ -175,6 +175,8 @@ class Worker:
     """Seconds of silence after which the engine is probed."""
     canary_timeout: float = _positive(10.0)
     """Seconds that a probe may take before the engine counts as dead."""
+    namespace: str | None = attrs.field(default=None, validator=v.optional(v.matches_re(r"[a-z0-9][a-z0-9_-]*")))
+    """Instead of the namespace of the file: a pool behind a global router, which this file's frontend does not see."""
 
 
 @attrs.frozen

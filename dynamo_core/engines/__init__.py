@@ -13,9 +13,10 @@ from dynamo_core.engines.contract import (
     HasMetrics,
     KvEvent,
     Probes,
+    Reports,
 )
 
 __all__ = [
     "BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics",
-    "KvEvent", "Probes", "admit",
+    "KvEvent", "Probes", "Reports", "admit",
 ]

@@ -21,7 +21,9 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 
 from dynamo_core.cards import ModelCard
+from dynamo_core.config.schema import Config
 from dynamo_core.context import Context
+from dynamo_core.plugins import Plugins
 from dynamo_core.types import Load, Output, Request
 
 
@@ -76,6 +78,10 @@ class EngineContext:
     """For downloads and conversions that outlive the process."""
     name: str = "worker"
     """For log lines and metrics labels."""
+    config: Config | None = None
+    """What the process runs with, for engines that are clients of other fleets. Without a worker around it, an engine has none."""
+    plugins: Plugins | None = None
+    """What is installed, for the same."""
 
 
 @runtime_checkable
@@ -126,10 +132,19 @@ class HasMetrics(Protocol):
 
 
 @runtime_checkable
+class Reports(Protocol):
+    def problems(self) -> Mapping[str, str]:
+        """Degraded states by name, for `/health`: requests are served all the same. Cached state, no I/O."""
+        ...
+
+
+@runtime_checkable
 class Controls(Protocol):
     def controls(self) -> Mapping[str, Callable[[Mapping[str, Any]], Any]]:
         """Named async functions for operators: `sleep`, `wake`, `reset_cache`, `load_adapter`, `profile`, ...
 
         Each takes and returns a JSON object; the worker serves them on its status port and its control endpoint.
+        An engine that decides where a request goes has `explain`: it takes `{"id": request id}` and returns `{"decisions": [record, ...]}`, each record
+        with `id` and `text`. With `explain` among the capabilities of its card, frontends ask it when somebody asks them.
         """
         ...

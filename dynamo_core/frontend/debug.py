@@ -9,6 +9,7 @@ from starlette.responses import Response
 from dynamo_core.errors import Forbidden, RequestError
 from dynamo_core.frontend.replies import reply
 from dynamo_core.frontend.service import Service
+from dynamo_core.pipeline.contract import Chained
 
 
 async def decision(service: Service, request: Request) -> Response:
@@ -17,6 +18,8 @@ async def decision(service: Service, request: Request) -> Response:
     record = service.catalog.decision(request.path_params["id"])
     if record is None:
         raise HTTPException(404)
+    if isinstance(service.catalog, Chained) and (further := await service.catalog.further(request.path_params["id"])):
+        record = {**record, "further": further, "text": "\n\n".join([record["text"], *(str(after.get("text", "")) for after in further)])}
     return reply(record)
 
 

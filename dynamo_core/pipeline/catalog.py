@@ -125,7 +125,7 @@ class FleetCatalog:
         if admitting := [task for task in self._admitting.values() if not task.done()]:
             await asyncio.wait(admitting, timeout=timeout)
 
-    def known(self) -> Mapping[str, ServedModel]:
+    def offered(self) -> Mapping[str, ServedModel]:
         """Every model that a worker has offered, ready or not."""
         return self._models
 

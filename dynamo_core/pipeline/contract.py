@@ -129,3 +129,12 @@ class Catalog(Protocol):
     def status(self) -> dict[str, Any]:
         """Models, workers, planes and degraded states, for `/health` and `/debug/fleet`."""
         ...
+
+
+@runtime_checkable
+class Chained(Protocol):
+    """A catalog whose workers may decide in their turn, as a global router does. Optional."""
+
+    async def further(self, decision_id: str) -> list[dict[str, Any]]:
+        """The decisions that followed this one elsewhere, in order, each rendered as by `Catalog.decision`."""
+        ...

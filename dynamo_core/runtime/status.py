@@ -25,15 +25,17 @@ Control = Callable[[str | None, Mapping[str, Any]], Awaitable[Any]]
 
 
 def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: CollectorRegistry, control: Control | None = None,
-               more_metrics: Callable[[], bytes] | None = None) -> Starlette:
+               more_metrics: Callable[[], bytes] | None = None, degraded: Callable[[], Mapping[str, str]] | None = None) -> Starlette:
     """:param problems: named degraded states; any makes `/health` 503. :param control: runs an operator's action.
 
-    :param more_metrics: series of the engine, in Prometheus' text format.
+    :param more_metrics: series of the engine, in Prometheus' text format. :param degraded: named states of the engine, in which it serves all the same.
     """
 
     async def health(_: Request) -> Response:
         found = problems()
-        return _json({"status": "unready" if found else "ready", "role": role, "problems": dict(found)}, 503 if found else 200)
+        lesser = degraded() if degraded is not None else {}
+        status = "unready" if found else "degraded" if lesser else "ready"
+        return _json({"status": status, "role": role, "problems": {**lesser, **found}}, 503 if found else 200)
 
     async def live(_: Request) -> Response:
         return _json({"status": "live", "role": role})

@@ -7,12 +7,13 @@ import contextlib
 import logging
 from typing import Any
 
+import attrs
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from dynamo_core.config import build
 from dynamo_core.config.schema import Config
 from dynamo_core.config.schema import Worker as Settings
-from dynamo_core.engines.contract import HasMetrics
+from dynamo_core.engines.contract import HasMetrics, Reports
 from dynamo_core.errors import ConfigError, DynamoError, EngineDead, EngineFailed, Problem
 from dynamo_core.observability import tracing
 from dynamo_core.plugins import Plugins
@@ -39,6 +40,8 @@ async def serve_worker(config: Config, settings: Settings, plugins: Plugins, sto
 
     :raises ConfigError: the engine cannot be built from its options.
     """
+    if settings.namespace is not None:
+        config = attrs.evolve(config, namespace=settings.namespace)
     engine: Any = build(settings.engine, "engine", plugins)
     tracing.setup(f"dynamo-{settings.name}", config.observability.otlp_endpoint, config.observability.trace_ratio)
     registry = process_registry()
@@ -49,7 +52,8 @@ async def serve_worker(config: Config, settings: Settings, plugins: Plugins, sto
         try:
             if not config.status.enabled:
                 return await _serve(worker, stop)
-            app = status_app(settings.name, worker.problems, registry, worker.control, engine.metrics if isinstance(engine, HasMetrics) else None)
+            app = status_app(settings.name, worker.problems, registry, worker.control, engine.metrics if isinstance(engine, HasMetrics) else None,
+                             engine.problems if isinstance(engine, Reports) else None)
             async with contextlib.AsyncExitStack() as exits:
                 try:
                     url = await exits.enter_async_context(serve_status(config.status, app))
