@@ -26,3 +26,13 @@ def dynamo_register(registry: Registry) -> None:
         ("merge", "merge:Merge", "reconcile: the greatest wish, between floors and ceilings"),
     ):
         registry.add("planner_stage", name, f"dynamo_planner.stages.{target}", summary=summary)
+    for name, target, summary in (
+        ("planner run", "run:run", "decide how many workers there are, and make it so"),
+        ("planner explain", "explain:explain", "say why there are so many workers"),
+        ("planner what-if", "what_if:what_if", "decide again for another load or other settings"),
+        ("planner report", "report:report", "write a page with plots of what was seen, expected and done"),
+        ("planner backtest", "backtest:backtest", "replay the predictors on recorded load"),
+        ("profile", "profile:profile", "measure what one worker can do, for the planner"),
+        ("profile plot", "profile_plot:profile_plot", "draw a profile"),
+    ):
+        registry.cli(name, f"dynamo_planner.commands.{target}", summary=summary)

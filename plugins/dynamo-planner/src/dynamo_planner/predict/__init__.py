@@ -1,0 +1,1 @@
+"""What load to expect: forecasters of one series, and how they are asked."""

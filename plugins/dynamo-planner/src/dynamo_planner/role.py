@@ -1,0 +1,100 @@
+"""`dynamo planner run`: the planner as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from dynamo_core.config import build
+from dynamo_core.config.schema import Config
+from dynamo_core.errors import RequestError
+from dynamo_core.plugins import Plugins
+from dynamo_core.runtime import names
+from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.runtime.status import serve_status, status_app
+from dynamo_core.runtime.worker_role import process_registry
+from dynamo_core.scaling import Connector
+from dynamo_planner import build as parts
+from dynamo_planner.metrics import PlannerMetrics
+from dynamo_planner.observe.frontends import FrontendLoad, http_client
+from dynamo_planner.observe.workers import WorkerReports
+from dynamo_planner.planning import Planning
+from dynamo_planner.stages.load import ByLoad
+
+log = logging.getLogger("dynamo.planner")
+
+
+async def serve_planner(config: Config, plugins: Plugins, stop: asyncio.Event) -> int:
+    """Decide every tick until `stop` is set. :raises ConfigError: a part cannot be built, or the connector cannot work here."""
+    table = parts.settings(config, plugins)
+    registry = process_registry()
+    metrics = PlannerMetrics(registry)
+    connector: Connector = build(table.connector, "connector", plugins)
+    async with contextlib.AsyncExitStack() as exits:
+        client = await exits.enter_async_context(http_client(table.metrics))
+        runtime = await exits.enter_async_context(Runtime.open(config, plugins))
+        planning = Planning(parts.mind(table, plugins), connector, FrontendLoad(table.metrics, table.model, client), on_decision=metrics.saw)
+        if any(isinstance(stage, ByLoad) for stage in planning.mind.stages.propose):
+            planning.workers = await exits.enter_async_context(WorkerReports.open(runtime, table.model, time.time))
+        exits.push_async_callback(connector.close)
+        await connector.start()
+        if config.status.enabled:
+            app = status_app("planner", lambda: problems(planning), registry, lambda action, arguments: _control(planning, action, arguments))
+            url = await exits.enter_async_context(serve_status(config.status, app))
+            await runtime.register("status", lambda id: (names.of_status(config.namespace, "planner", id), url.encode()))
+            log.info("planning; decisions at %s", url)
+        await _ticks(planning, table.tick, stop)
+    return 0
+
+
+async def _ticks(planning: Planning, seconds: float, stop: asyncio.Event) -> None:
+    """One tick after the other, at even times; one that took too long costs the next one, not the rhythm."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    said = ""
+    while not stop.is_set():
+        decision = await planning.tick(time.time())
+        trouble = decision.result if decision.action in ("skipped", "refused", "unavailable", "failed") else ""
+        if trouble != said:
+            log.warning("%s: %s", decision.action, trouble) if trouble else log.info("deciding again")
+        said = trouble
+        for stuck in decision.stuck:
+            log.log(logging.WARNING if decision.number % 30 == 0 else logging.DEBUG, "stuck: %s", stuck)
+        due = max(due + seconds, loop.time())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(due):
+                await stop.wait()
+
+
+def problems(planning: Planning) -> dict[str, str]:
+    """For `/health`: what was missing or refused at the last decision, and what is stuck."""
+    last = planning.ring.find()
+    if last is None:
+        return {"planner": "no decision was made yet"}
+    found = {f"stuck {i}": what for i, what in enumerate(last.stuck, 1)}
+    if last.action in ("skipped", "refused", "unavailable", "failed"):
+        found["decision"] = f"{last.action}: {last.result}"
+    return found
+
+
+async def _control(planning: Planning, action: str | None, arguments: Mapping[str, Any]) -> Any:
+    if action is None:
+        return {"actions": ["decisions", "explain"]}
+    if action == "decisions":
+        last = arguments.get("last", 50)
+        if not isinstance(last, int) or last < 1:
+            raise RequestError("`last` must be a whole number above 0", param="last")
+        return [msgspec.to_builtins(decision) for decision in list(planning.ring)[-last:]]
+    if action == "explain":
+        number = arguments.get("number")
+        if (decision := planning.ring.find(number)) is None:
+            raise RequestError(f"decision {number} is not kept; the last {len(planning.ring)} are", param="number")
+        return msgspec.to_builtins(decision)
+    raise RequestError(f"the planner has no action {action!r}; it has decisions and explain")
+
