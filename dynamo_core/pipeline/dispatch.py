@@ -44,6 +44,7 @@ class Leg:
         """Keep the bookings true: at the first token, and at each block boundary after it."""
         if not self._tokens:
             self._router.first_token(self.request_id, self.worker, cached_tokens)
+            self.decision.cached_tokens = cached_tokens
             self._router.observer.found(self.decision, cached_tokens)
         self._tokens += tokens
         if self._tokens - self._grown >= self._block_size:

@@ -14,6 +14,9 @@ class PipelineMetrics:
         self._families = families
         self._model = model
         self._decision_seconds = families.decision_seconds.labels(model=model)
+        self._predicted = families.predicted.labels(model=model)
+        self._found = families.found.labels(model=model)
+        self._prediction_error = families.prediction_error.labels(model=model)
 
     def migrated(self, kind: str, outcome: str, seconds: float) -> None:
         """:param kind: `new_request` or `ongoing_request`. :param outcome: `success` or `failure`."""
@@ -31,6 +34,12 @@ class PipelineMetrics:
 
     def regret(self, cause: str, tokens: int) -> None:
         self._families.regret.labels(model=self._model, cause=cause).inc(tokens)
+
+    def predicted(self, predicted: int, found: int) -> None:
+        """Cached prompt tokens of one request: what its router believed, and what its engine said."""
+        self._predicted.inc(predicted)
+        self._found.inc(found)
+        self._prediction_error.observe(found - predicted)
 
     def shadowed(self, verdict: str) -> None:
         self._families.shadowed.labels(model=self._model, verdict=verdict).inc()
@@ -53,6 +62,11 @@ class PipelineFamilies:
         self.queue = QueueFamilies(registry)
         self.regret = Counter("dynamo_router_regret_tokens", "Cached prompt tokens that were passed by, or believed in and not there, by cause.",
                               ["model", "cause"], registry=registry)
+        self.predicted = Counter("dynamo_router_predicted_cached_tokens", "Prompt tokens that chosen workers were believed to hold.", ["model"],
+                                 registry=registry)
+        self.found = Counter("dynamo_router_found_cached_tokens", "Prompt tokens of the same requests that their engines had.", ["model"], registry=registry)
+        self.prediction_error = Histogram("dynamo_router_prediction_error_tokens", "Cached tokens of a request: found minus predicted.", ["model"],
+                                          buckets=(-16384, -4096, -1024, -256, -64, -16, -1, 0, 16, 64, 256, 1024, 4096, 16384), registry=registry)
         self.shadowed = Counter("dynamo_router_shadow_decisions", "Decisions of the shadow stack: same as the live one, other, nobody, failed.",
                                 ["model", "verdict"], registry=registry)
         self.decision_seconds = Histogram("dynamo_router_decision_seconds", "Time to decide, record included.", ["model"],

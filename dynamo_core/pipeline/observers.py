@@ -47,6 +47,9 @@ class Watcher:
             self._metrics.shadowed(comparison.verdict)
 
     def found(self, decision: Decision, cached_tokens: int | None) -> None:
+        if cached_tokens is None or OVERLAP_TOKENS not in decision.columns:
+            return
+        self._metrics.predicted(decision.overlap_tokens, cached_tokens)
         if stale := stale_tokens(decision, cached_tokens):
             self._metrics.regret("stale", stale)
 

@@ -56,6 +56,8 @@ class Decision:
     """`done`, `failed` or `cancelled`, once it is known."""
     waited: float = 0.0
     """Seconds in the router's queue before it."""
+    cached_tokens: int | None = None
+    """Prompt tokens that the engine had in its cache, by its own word at the first token; compare `overlap_tokens`."""
 
     # -------------------------------------------------------------- what people ask
 
@@ -118,6 +120,8 @@ class Decision:
         if self.dispatched is not None or self.outcome:
             served = "nobody" if self.dispatched is None else dict(zip(self.workers, names, strict=True)).get(self.dispatched, str(self.dispatched))
             about.append(f"served by  {served}" + (f", {self.outcome}" if self.outcome else ""))
+        if (found := self._how_true()) != "":
+            about.append(f"cache      {found}")
         if self.waited:
             about.append(f"waited     {self.waited:.3f} s in the router's queue")
         if (wanted := _hints(request)) != "":
@@ -127,6 +131,15 @@ class Decision:
             about.append(f"reports    {min(ages):.1f} to {max(ages):.1f} s old" + (f"; {silent} engines never reported" if silent else ""))
         about += [f"skipped    {policy}: {what}" for policy, what in self.faults]
         return "\n".join([*about, "", *self._table(names)]).rstrip()
+
+    def _how_true(self) -> str:
+        """What was believed of the worker's cache, beside what its engine said."""
+        if known.OVERLAP_TOKENS not in self.columns or self.worker is None:
+            return ""
+        predicted, found = self.overlap_tokens, self.cached_tokens
+        if found is None:
+            return f"{predicted} tokens predicted"
+        return f"{predicted} tokens predicted, {found} found" + ("" if predicted == found else f" ({found - predicted:+d})")
 
     def _how_clear(self) -> str:
         if self.worker is None:
@@ -189,6 +202,8 @@ class Decision:
             "dispatched": self.dispatched and list(self.dispatched),
             "outcome": self.outcome,
             "waited": self.waited,
+            "overlap_tokens": self.overlap_tokens,
+            "cached_tokens": self.cached_tokens,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -242,6 +257,7 @@ class Decision:
                 dispatched=_worker(raw["dispatched"]),
                 outcome=raw["outcome"],
                 waited=raw.get("waited", 0.0),
+                cached_tokens=raw.get("cached_tokens"),
             )
         except (KeyError, TypeError, AttributeError, msgspec.ValidationError, json.JSONDecodeError) as e:
             raise ValueError(f"this is no decision record: {type(e).__name__}: {e}") from e
