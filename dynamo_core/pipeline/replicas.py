@@ -1,30 +1,37 @@
 """Keeps the routers of several frontends from herding: each tells the others what it has sent, and counts what they have.
 
 Messages go over the event plane, topic `bookings` below the model's component, one for all that happens in a turn of the event
-loop: `[model, role, items]`. An item is `["b", id, instance, rank, prompt_tokens, overlap_tokens, adapter]` (booked), `["f", ...]` (first
-token), `["g", ..., tokens]` (grew), `["x", ...]` (ended), `["s", [booking, ...]]` (all that is open: forget what was known) or `["?"]` (a
-newcomer, or one who missed something, asks everybody for `s`).
+loop: `[model, role, items]`. An item is `["b", id, instance, rank, prompt_tokens, overlap_tokens, adapter, session, names]` (booked; `names` is `null` or
+`[block_size, fingerprint, keys of the prompt's blocks]`), `["f", ...]` (first token), `["g", ..., tokens]` (grew), `["x", ...]` (ended), `["s"]` (forget my
+bookings: all that are open follow), `["p", provider, message]` (what a fact provider knows), `["e"]` (no more of that) or `["?"]` (a newcomer, or one who
+missed something, asks everybody for all this).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from dynamo_core.ending import ended
 from dynamo_core.events.contract import Event, Gap, Left, Publisher
+from dynamo_core.kv.prehashed import Prehashed
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.router import Router
 from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.types import Hints
 
 log = logging.getLogger(__name__)
 
 TOPIC = "bookings"
 _PAUSE = 0.2
 """Seconds between two answers to `?`, so that many newcomers get one."""
+_MESSAGE = 200_000
+"""Bytes after which a message is full: event planes have their limits."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(tuple[str, str, list[list[Any]]])
@@ -40,11 +47,13 @@ class Replica:
         self._theirs: dict[int, dict[str, Worker]] = {}
         """Open bookings of others, by publisher."""
         self._answering: asyncio.TimerHandle | None = None
+        self._teacher: int | None = None
+        """Whose providers it is learning from: 0 while nobody has answered, `None` when it has learned. All others know the same."""
 
     # -------------------------------------------------------------- what this router does
 
     def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
-        self._say(_booking(request, worker, overlap_tokens))
+        self._say(self._booking(request, worker, overlap_tokens))
 
     def first_token(self, request_id: str, worker: Worker) -> None:
         self._say(["f", request_id, *worker])
@@ -64,8 +73,13 @@ class Replica:
 
     def _flush(self) -> None:
         items, self._outbox = self._outbox, []
-        if items and self._publisher is not None:
-            self._publisher.publish(_encode((self.router.model, self.router.role, items)))
+        while items and self._publisher is not None:
+            weight = count = 0
+            while count < len(items) and weight < _MESSAGE:
+                weight += _weight(items[count])
+                count += 1
+            self._publisher.publish(_encode((self.router.model, self.router.role, items[:count])))
+            items = items[count:]
 
     # -------------------------------------------------------------- what others do
 
@@ -76,9 +90,11 @@ class Replica:
         for who in list(self._theirs):
             self.gone(who)
         if publisher is not None:
-            self._say(["?"])
+            self.missed()
 
     def missed(self) -> None:
+        """Ask everybody what is so."""
+        self._teacher = 0
         self._say(["?"])
 
     def gone(self, publisher: int) -> None:
@@ -86,11 +102,18 @@ class Replica:
         for id, worker in self._theirs.pop(publisher, {}).items():
             self.router.finished(id, worker, "cancelled")
 
+    def left(self, publisher: int) -> None:
+        self.gone(publisher)
+        if self._teacher == publisher:
+            self.missed()
+
     def heard(self, publisher: int, items: list[list[Any]]) -> None:
         for item in items:
             match item:
-                case ["b", str(id), int(instance), int(rank), int(prompt), int(overlap), adapter]:
-                    self._book(publisher, id, Worker(instance, rank), prompt, overlap, adapter)
+                case ["b", str(id), int(instance), int(rank), int(prompt), int(overlap), adapter, session, names]:
+                    ids = _prompt(names, prompt)
+                    request = RoutingRequest(_named(publisher, id), self.router.model, ids, prompt, hints=Hints(session=session), adapter=adapter)
+                    self._book(publisher, request, Worker(instance, rank), overlap)
                 case ["f", str(id), int(instance), int(rank)]:
                     self.router.first_token(_named(publisher, id), Worker(instance, rank))
                 case ["g", str(id), int(instance), int(rank), int(tokens)]:
@@ -98,35 +121,61 @@ class Replica:
                 case ["x", str(id), int(instance), int(rank)]:
                     self._theirs.get(publisher, {}).pop(_named(publisher, id), None)
                     self.router.finished(_named(publisher, id), Worker(instance, rank), "done")
-                case ["s", list(bookings)]:
+                case ["s"]:
                     self.gone(publisher)
-                    self.heard(publisher, bookings)
+                case ["p", str(use), bytes(message)] if self._teacher in (0, publisher):
+                    self._teacher = publisher
+                    self.router.learn(use, message)
+                case ["e"] if self._teacher in (0, publisher):
+                    self._teacher = None
+                case ["p" | "e", *_]:
+                    pass  # for somebody else
                 case ["?"]:
                     if self._answering is None:
                         self._answering = asyncio.get_running_loop().call_later(_PAUSE, self._answer)
                 case _:
                     log.debug("a booking of %x is of no known kind", publisher)
 
-    def _book(self, publisher: int, id: str, worker: Worker, prompt: int, overlap: int, adapter: str | None) -> None:
+    def _book(self, publisher: int, request: RoutingRequest, worker: Worker, overlap: int) -> None:
         if worker in self.router.workers:
-            name = _named(publisher, id)
-            self._theirs.setdefault(publisher, {})[name] = worker
-            self.router.booked(RoutingRequest(name, self.router.model, prompt_tokens=prompt, adapter=adapter), worker, overlap, elsewhere=True)
+            self._theirs.setdefault(publisher, {})[request.id] = worker
+            self.router.booked(request, worker, overlap, elsewhere=True)
 
     def _answer(self) -> None:
         self._answering = None
-        mine: list[list[Any]] = []
+        self._say(["s"])
         for request, worker, overlap, first, tokens in self.router.open_here():
-            mine.append(_booking(request, worker, overlap))
+            self._say(self._booking(request, worker, overlap))
             if first:
-                mine.append(["f", request.id, *worker])
+                self._say(["f", request.id, *worker])
             if tokens:
-                mine.append(["g", request.id, *worker, tokens])
-        self._say(["s", mine])
+                self._say(["g", request.id, *worker, tokens])
+        for use, message in self.router.state():
+            self._say(["p", use, message])
+        self._say(["e"])
+
+    def _booking(self, request: RoutingRequest, worker: Worker, overlap: int) -> list[Any]:
+        names = self.router.named(request) if self._publisher is not None else ()
+        keys = names.keys_of(names.block_size).astype("<u8", copy=False).tobytes() if isinstance(names, Prehashed) else b""
+        return [
+            "b", request.id, *worker, request.prompt_tokens or len(request.token_ids), overlap, request.adapter, request.hints.session,
+            [names.block_size, names.fingerprint, keys] if isinstance(names, Prehashed) else None,
+        ]
 
 
-def _booking(request: RoutingRequest, worker: Worker, overlap: int) -> list[Any]:
-    return ["b", request.id, *worker, request.prompt_tokens or len(request.token_ids), overlap, request.adapter]
+def _prompt(names: Any, tokens: int) -> Sequence[int]:
+    """The prompt of a booking elsewhere, as far as it is known."""
+    match names:
+        case [int(block_size), int(fingerprint), bytes(keys)] if block_size > 0 and len(keys) == 8 * (tokens // block_size):
+            return Prehashed(np.frombuffer(keys, "<u8").astype(np.uint64, copy=False), tokens, block_size, fingerprint)
+        case _:
+            return ()
+
+
+def _weight(item: list[Any]) -> int:
+    """About how many bytes it takes."""
+    last = item[-1]
+    return 100 + (len(last[-1]) if isinstance(last, list) else len(last) if isinstance(last, bytes) else 0)
 
 
 def _named(publisher: int, id: str) -> str:
@@ -203,7 +252,7 @@ class Replicas:
                     replica.missed()
             case Left(publisher):
                 for replica in self._of[component]:
-                    replica.gone(publisher)
+                    replica.left(publisher)
 
     async def _again(self) -> None:
         """The lease is a new one: the publisher and the subscription of before are dead."""

@@ -66,7 +66,8 @@ class RoutingRequest:
     id: str
     model: str
     token_ids: Sequence[int] = ()
-    """The prompt, for fact providers. Policies see it empty (its length is `prompt_tokens`), and `cache_salt` likewise, so
+    """The prompt, for fact providers; a `dynamo_core.kv.prehashed.Prehashed` where only the keys of its blocks are known.
+    Policies see it empty (its length is `prompt_tokens`), and `cache_salt` likewise, so
     that every decision can be recomputed from its record, which holds neither."""
     prompt_tokens: int = 0
     role: Role = "aggregated"
@@ -264,6 +265,28 @@ class FollowsRequests(Protocol):
         ...
 
     def finished(self, request_id: str, worker: Worker, outcome: Literal["done", "failed", "cancelled"]) -> None: ...
+
+
+@runtime_checkable
+class NamesPrompts(Protocol):
+    """A provider that can tell other frontends which prompt is meant without the prompt, so that a booking of theirs counts like one made here."""
+
+    def named(self, request: RoutingRequest) -> Sequence[int]:
+        """What stands for `token_ids` in bookings elsewhere: a `dynamo_core.kv.prehashed.Prehashed`, or nothing."""
+        ...
+
+
+@runtime_checkable
+class SharesState(Protocol):
+    """A provider whose like in other frontends should know what it knows. Bookings are told anyway; this is for a newcomer that heard none."""
+
+    def state(self) -> Sequence[bytes]:
+        """Messages that bring another one up to date, each of at most some 100 kB."""
+        ...
+
+    def learn(self, message: bytes) -> None:
+        """What another one knew. It may come twice, and late."""
+        ...
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from dynamo_core.routing.contract import Fact, FollowsEvents, FollowsQueue, RoutingRequest, Worker
+from dynamo_core.routing.contract import Fact, FollowsEvents, FollowsQueue, NamesPrompts, RoutingRequest, SharesState, Worker
 from dynamo_core.routing.decide import Part, options_of, said
 from dynamo_core.routing.record import Decision
 
@@ -55,6 +55,8 @@ class Sources:
         self._asked: tuple[Part, ...] = ()
         self._follow_queue: tuple[Part, ...] = ()
         self._follow_events: tuple[Part, ...] = ()
+        self._name_prompts: tuple[Part, ...] = ()
+        self._share_state: tuple[Part, ...] = ()
 
     @property
     def providers(self) -> Sequence[Part]:
@@ -73,6 +75,8 @@ class Sources:
         self._asked = providers[::-1]
         self._follow_queue = self._those(FollowsQueue)
         self._follow_events = self._those(FollowsEvents)
+        self._name_prompts = self._those(NamesPrompts)
+        self._share_state = self._those(SharesState)
 
     def _introduce(self, part: Part) -> None:
         if hasattr(part.component, "clock"):
@@ -126,6 +130,33 @@ class Sources:
         for part in self._follow_events:
             if topic in part.component.topics:
                 self._safely(part, part.component.on_gap, topic, publisher, missed)
+
+    # -------------------------------------------------------------- told to other frontends, and by them
+
+    def named(self, request: RoutingRequest) -> Sequence[int]:
+        """What stands for the prompt of `request` in other frontends; empty when no provider can say."""
+        for part in self._name_prompts:
+            try:
+                return part.component.named(request)
+            except Exception as e:
+                self._fault(part.name, said(e))
+        return ()
+
+    def state(self) -> list[tuple[str, bytes]]:
+        """Messages for the providers of a router that is new: under which name the provider is registered, and what it says."""
+        found: list[tuple[str, bytes]] = []
+        for part in self._share_state:
+            try:
+                found += [(part.use, message) for message in part.component.state()]
+            except Exception as e:
+                self._fault(part.name, said(e))
+        return found
+
+    def learn(self, use: str, message: bytes) -> None:
+        """What the provider registered as `use` knows in another frontend."""
+        for part in self._share_state:
+            if part.use == use:
+                self._safely(part, part.component.learn, message)
 
     # -------------------------------------------------------------- those that break
 

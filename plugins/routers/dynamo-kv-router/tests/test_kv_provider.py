@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.engines.contract import BlocksCleared, BlocksRemoved, BlocksStored
-from dynamo_core.kv.hashing import digest_of
+from dynamo_core.kv.hashing import Hasher, digest_of
 from dynamo_core.routing.contract import Attached, FactProvider, FollowsEvents, FollowsFleet, FollowsRequests, Reports, RoutingRequest, Worker
 from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.types import Instance
 from dynamo_kv_router.facts import DISK_OVERLAP_TOKENS, HOST_OVERLAP_TOKENS, INDEX_AGE, INDEX_PROBLEM, INDEX_STATE, PREDICTED_TOKENS
+from dynamo_kv_router.load import KvLoad
 from dynamo_kv_router.provider import KvIndex
 
 A, B, B1 = Worker(1), Worker(2), Worker(2, 1)
@@ -169,10 +171,22 @@ def test_columns_that_were_given_do_not_change_later():
     assert {fact: [*column] for fact, column in given.items()} == before
 
 
-def test_the_same_prompt_is_named_once_and_a_changed_salt_or_medium_again():
-    found = provider()
-    prompt = request()
-    assert found.keys(prompt) is found.keys(request())
+def test_a_request_is_named_once_for_all_who_ask_and_a_changed_salt_or_medium_gives_other_names(monkeypatch: pytest.MonkeyPatch):
+    found, load = provider(), KvLoad()
+    load.joined(A, instance(1), card())
+    prompt, others = request(), [request() for _ in range(12)]
+    made: list[int] = []
+    monkeypatch.setattr(Hasher, "keys", lambda self, ids, *more, keys=Hasher.keys: made.append(len(ids)) or keys(self, ids, *more))
+    for _ in range(3):  # as a queue looks at all that wait, again and again
+        for waiting in (prompt, *others):
+            found.columns(waiting, FLEET)
+            load.columns(waiting, FLEET)
+    found.booked(prompt, A, 0)
+    load.booked(prompt, A, 0)
+    assert len(made) == 13
+    ended = weakref.ref(found.keys(others.pop()))
+    del waiting
+    assert ended() is None  # names go with their request
     assert found.keys(request(cache_salt="x")).tolist() != found.keys(prompt).tolist()
     assert found.keys(request(media=[{"digest": "cat"}])).tolist() != found.keys(prompt).tolist()
     assert found.keys(prompt).tolist() == found.keys(request([*PROMPT])).tolist()

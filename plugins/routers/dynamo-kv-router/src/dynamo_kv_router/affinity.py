@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import attrs
+import msgspec
 from attrs import validators as v
 
 from dynamo_core.cards import ModelCard
@@ -16,10 +17,15 @@ from dynamo_core.types import Instance
 
 SESSION_HERE: Fact[bool] = Fact("session.here", bool, "", "The session of the request was last served by this worker, and not long ago.")
 
+_TOLD = 1000
+"""Sessions in one message."""
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[tuple[str, int, int, float]]).decode
+
 
 @attrs.define
 class Sessions:
-    """Which worker served a session last. A session is named by the request (`hints.session`)."""
+    """Which worker served a session last, through whichever frontend. A session is named by the request (`hints.session`)."""
 
     ttl: float = attrs.field(default=600.0, validator=[v.ge(1), v.le(31_536_000)], metadata={"duration": True})
     """Seconds of idleness after which a session is bound to nobody."""
@@ -28,18 +34,42 @@ class Sessions:
     provides = (SESSION_HERE,)
     clock: Callable[[], float] = attrs.field(default=time.monotonic, init=False, eq=False, repr=False)
     _bound: OrderedDict[str, tuple[Worker, float]] = attrs.field(factory=OrderedDict, init=False, eq=False, repr=False)
-    """In the order of use."""
+    """In the order of use, but for some of those that other frontends told."""
 
     def joined(self, worker: Worker, instance: Instance, card: ModelCard) -> None: ...
 
     def left(self, worker: Worker) -> None:
         self._bound = OrderedDict((name, bound) for name, bound in self._bound.items() if bound[0] != worker)
 
-    def chosen(self, request: RoutingRequest, worker: Worker) -> None:
+    # Bookings come from all frontends: a session may change from one to the other and finds its worker again.
+
+    def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
         if (session := request.hints.session) is not None:
             self._bound[session] = (worker, self.clock())
             self._bound.move_to_end(session)
             self._forget()
+
+    def first_token(self, request_id: str, worker: Worker, cached_tokens: int | None) -> None: ...
+
+    def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None: ...
+
+    def finished(self, request_id: str, worker: Worker, outcome: Literal["done", "failed", "cancelled"]) -> None: ...
+
+    def state(self) -> Sequence[bytes]:
+        """All that is bound, with ages: clocks of other processes tell other times."""
+        self._forget()
+        now = self.clock()
+        rows = [(session, *worker, now - used) for session, (worker, used) in self._bound.items()]
+        return [_encode(rows[i : i + _TOLD]) for i in range(0, len(rows), _TOLD)]
+
+    def learn(self, message: bytes) -> None:
+        """:raises msgspec.MsgspecError: it is something else."""
+        now = self.clock()
+        for session, instance, rank, age in _decode(message):
+            known = self._bound.get(session)
+            if (used := now - max(0.0, age)) > now - self.ttl and (known is None or known[1] < used):
+                self._bound[session] = (Worker(instance, rank), used)
+        self._forget()
 
     def columns(self, request: RoutingRequest, workers: Sequence[Worker]) -> Mapping[Fact[Any], Sequence[Any]]:
         bound = self._bound.get(request.hints.session) if request.hints.session is not None else None

@@ -9,7 +9,7 @@ import attrs
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.kv.hashing import Hasher
-from dynamo_core.routing.contract import Fact, RoutingRequest, Worker
+from dynamo_core.routing.contract import Fact, RoutingRequest, Surroundings, Worker
 from dynamo_core.types import Instance
 from dynamo_kv_router.active import ActiveChains
 from dynamo_kv_router.keys import LOCAL_SECRET, hasher_for, numbers_of
@@ -29,11 +29,11 @@ class KvLoad:
     """Blocks that cannot be shared, because nobody knows their keys."""
     _hasher: Hasher | None = attrs.field(default=None, init=False, eq=False, repr=False)
     _block_size: int = attrs.field(default=16, init=False, eq=False, repr=False)
+    _secret: bytes = attrs.field(default=LOCAL_SECRET, init=False, eq=False, repr=False)
 
     def joined(self, worker: Worker, instance: Instance, card: ModelCard) -> None:
         self._block_size = max(1, card.block_size)
-        if self._hasher is None or self._hasher.block_size != self._block_size:
-            self._hasher = hasher_for(LOCAL_SECRET, self._block_size)
+        self._hasher = hasher_for(self._secret, self._block_size)
         self._chains.join(worker)
         self._alone.setdefault(worker, 0)
 
@@ -42,12 +42,19 @@ class KvLoad:
         self._alone.pop(worker, None)
         self._open = {key: chain for key, chain in self._open.items() if key[1] != worker}
 
+    async def attach(self, surroundings: Surroundings) -> None:
+        # The fleet's names for blocks: the index computes the same, and other frontends say which blocks they mean.
+        self._secret = await surroundings.secret("kv")
+        self._hasher = hasher_for(self._secret, self._block_size)
+
+    async def detach(self) -> None: ...
+
     def booked(self, request: RoutingRequest, worker: Worker, overlap_tokens: int) -> None:
         if (request.id, worker) in self._open or worker not in self._alone:
             return
         keys = self._keys(request)
         if not keys:
-            # A booking of another replica names no tokens: its blocks count, and nothing is shared with them.
+            # Nobody knows which blocks they are: they count, and nothing is shared with them.
             keys = range(request.prompt_tokens // self._block_size)
             self._alone[worker] += len(keys)
         else:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
+import msgspec
+import numpy as np
 from attrs import validators as v
 
 from dynamo_core.cards import ModelCard
@@ -22,13 +23,15 @@ from dynamo_core.ending import ended
 from dynamo_core.engines.contract import KvEvent
 from dynamo_core.errors import DynamoError
 from dynamo_core.kv import Chains, Change, Hasher
-from dynamo_core.kv.hashing import Keys, content_of
+from dynamo_core.kv.hashing import Keys
+from dynamo_core.kv.prehashed import Prehashed
 from dynamo_core.kv.wire import decode_news, encode
 from dynamo_core.routing.contract import Fact, RoutingRequest, Surroundings, Worker
 from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.types import Instance
 from dynamo_kv_router.facts import INDEX_AGE, INDEX_PROBLEM, INDEX_STATE, OVERLAPS, PREDICTED_TOKENS
 from dynamo_kv_router.index import SENT, Index
+from dynamo_kv_router.keys import LOCAL_SECRET, hasher_for, keys_of
 from dynamo_kv_router.recent import Recent
 from dynamo_kv_router.source import Source
 
@@ -40,8 +43,13 @@ ASK_AT_ONCE = 8
 """Workers that are asked for their picture at the same time."""
 STEP = 4096
 """Keys of an answer that are taken in before other work has its turn."""
+_TOLD = 12_000
+"""Keys in one message to a new frontend, about."""
 _NOBODY = 1 << 20
 """Blocks that a worker can hold whose card does not say."""
+
+_encode_sent = msgspec.msgpack.Encoder().encode
+_decode_sent = msgspec.msgpack.Decoder(tuple[int, list[tuple[int, int, float, bytes]]]).decode
 
 Columns = Mapping[Fact[Any], Sequence[Any]]
 
@@ -67,11 +75,10 @@ class KvIndex:
     hasher: Hasher = attrs.field(init=False, repr=False)
     index: Index = attrs.field(init=False, repr=False)
     _recent: Recent = attrs.field(init=False, repr=False)
-    _secret: bytes = attrs.field(init=False, repr=False, factory=lambda: secrets.token_bytes(32))
+    _secret: bytes = attrs.field(init=False, repr=False, default=LOCAL_SECRET)
     _sources: dict[Worker, Source] = attrs.field(init=False, repr=False, factory=dict[Worker, Source])
     _rooms: dict[Worker, int] = attrs.field(init=False, repr=False, factory=dict[Worker, int])
     _chains: dict[Worker, Chains] = attrs.field(init=False, repr=False, factory=dict[Worker, Chains])
-    _last: tuple[Sequence[int], tuple[Any, ...], Keys] | None = attrs.field(init=False, repr=False, default=None)
     _still: dict[Fact[Any], Sequence[Any]] = attrs.field(init=False, repr=False, factory=dict[Fact[Any], Sequence[Any]])
     """Columns that stay as they are until a worker comes, goes, or changes its state."""
     _still_for: Sequence[Worker] | None = attrs.field(init=False, repr=False, default=None)
@@ -115,10 +122,9 @@ class KvIndex:
 
     def _name_by(self, secret: bytes, block_size: int) -> None:
         """From now on keys are these; what was known under others is of no use."""
-        self._secret, self.hasher = secret, Hasher(secret, block_size)
+        self._secret, self.hasher = secret, hasher_for(secret, block_size)
         self.index = Index(self.limit)
         self._recent = Recent(self.index, self.limit)
-        self._last = None
         self._chains.clear()
         for source in self._sources.values():
             source.forget()
@@ -127,15 +133,14 @@ class KvIndex:
     # -------------------------------------------------------------- the question
 
     def keys(self, request: RoutingRequest) -> Keys:
-        """The keys of the prompt's full blocks; those of the last prompt asked for are kept."""
-        last, what = self._last, (request.adapter, request.cache_salt, request.media)
-        if last is not None and last[0] is request.token_ids and last[1] == what:
-            return last[2]
-        root = self.hasher.root(request.adapter, request.cache_salt)
-        content = content_of(request.media, self.hasher.block_size) if request.media else ()
-        keys = self.hasher.keys(request.token_ids, root, content)
-        self._last = (request.token_ids, what, keys)
-        return keys
+        """The keys of the prompt's full blocks."""
+        return keys_of(self.hasher, request)
+
+    def named(self, request: RoutingRequest) -> Sequence[int]:
+        """For other frontends, which then know that this worker was sent these blocks."""
+        if self._surroundings is None:
+            return ()  # Keys of this process alone mean nothing elsewhere.
+        return Prehashed(self.keys(request), request.prompt_tokens or len(request.token_ids), self.hasher.block_size, self.hasher.fingerprint)
 
     def columns(self, request: RoutingRequest, workers: Sequence[Worker]) -> Columns:
         now = self.clock()
@@ -188,6 +193,29 @@ class KvIndex:
     def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None: ...
 
     def finished(self, request_id: str, worker: Worker, outcome: Literal["done", "failed", "cancelled"]) -> None: ...
+
+    def state(self) -> Sequence[bytes]:
+        """What workers were sent that tell nothing themselves; a new frontend can learn it from nobody else."""
+        now, found, parts, room = self.clock(), list[bytes](), list[tuple[int, int, float, bytes]](), _TOLD
+        for source in self._sources.values():
+            if source.publishes and not source.degraded:
+                continue
+            for at, keys in self._recent.chains(source.worker):
+                if room <= 0:
+                    found.append(_encode_sent((self.hasher.fingerprint, parts)))
+                    parts, room = [], _TOLD
+                parts.append((source.worker.instance, source.worker.dp_rank, now - at, keys.astype("<u8", copy=False).tobytes()))
+                room -= len(keys)
+        return [*found, _encode_sent((self.hasher.fingerprint, parts))] if parts else found
+
+    def learn(self, message: bytes) -> None:
+        """:raises msgspec.MsgspecError: it is something else."""
+        fingerprint, parts = _decode_sent(message)
+        now = self.clock()
+        for instance, rank, age, raw in parts if fingerprint == self.hasher.fingerprint else ():
+            source = self._sources.get(Worker(instance, rank))
+            if source is not None and (not source.publishes or source.degraded) and age < self.ttl:
+                self._recent.record(source.worker, np.frombuffer(raw, "<u8").astype(np.uint64, copy=False), now - max(0.0, age))
 
     # -------------------------------------------------------------- what workers say
 

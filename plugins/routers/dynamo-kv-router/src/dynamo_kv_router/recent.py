@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from itertools import repeat
 
 import attrs
@@ -78,6 +79,11 @@ class Recent:
             self._forget_oldest(worker, sent)
         while self._held > self.limit:
             self._forget_oldest(*max(self._sent.items(), key=lambda item: len(item[1].last)))
+
+    def chains(self, worker: Worker) -> Iterator[tuple[float, Keys]]:
+        """What the worker was sent and is still taken to hold, oldest first, with the time of each."""
+        if (sent := self._sent.get(worker)) is not None:
+            yield from ((at, keys) for at, _, keys in sent.order)
 
     def expire(self, now: float) -> None:
         """Forget what is too old, a bounded number of chains a call."""
