@@ -100,6 +100,18 @@ class Admin:
 
 
 @attrs.frozen
+class Hold:
+    """Requests for a model that has no worker now wait for one: a fleet that is scaled to zero is woken by them."""
+
+    limit: int = attrs.field(default=100, validator=v.ge(1))
+    """Requests that may wait, of all models; one more is answered 529."""
+    max_wait: float = _positive(120.0)
+    """Seconds after which a request that still waits is answered 503. `frontend.first_token_timeout` ends it as well."""
+    retry_after: float = _positive(10.0)
+    """Seconds after which such a client is told to ask again."""
+
+
+@attrs.frozen
 class Frontend:
     host: str = "127.0.0.1"
     """The address to listen on; beyond loopback, set an authenticator."""
@@ -129,6 +141,8 @@ class Frontend:
     """Seconds from arrival to the end of the answer."""
     first_token_timeout: float = _positive(300.0)
     """Seconds from arrival to the first token."""
+    hold: Hold | None = None
+    """Hold requests for known models that have no worker; without this table they are answered 503 at once."""
     drain_timeout: float = _positive(30.0)
     """Seconds that requests in progress have to end at shutdown."""
     direct_routing: bool = True
@@ -161,6 +175,8 @@ class Worker:
     """What generates."""
     name: str = attrs.field(default="backend", validator=v.matches_re(r"[a-z0-9][a-z0-9_-]*"))
     """The component name in `namespace.component.endpoint`."""
+    namespace: str | None = attrs.field(default=None, validator=v.optional(v.matches_re(r"[a-z0-9][a-z0-9_-]*")))
+    """Instead of the namespace of the file: a pool behind a global router, which this file's frontend does not see."""
     count: int = attrs.field(default=1, validator=v.ge(0))
     """How many processes `dynamo up` starts."""
     role: str | None = attrs.field(default=None, validator=v.optional(v.in_(["aggregated", "prefill", "decode", "encode"])))
@@ -175,8 +191,6 @@ class Worker:
     """Seconds of silence after which the engine is probed."""
     canary_timeout: float = _positive(10.0)
     """Seconds that a probe may take before the engine counts as dead."""
-    namespace: str | None = attrs.field(default=None, validator=v.optional(v.matches_re(r"[a-z0-9][a-z0-9_-]*")))
-    """Instead of the namespace of the file: a pool behind a global router, which this file's frontend does not see."""
 
 
 @attrs.frozen

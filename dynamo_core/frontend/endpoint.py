@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from dynamo_core.context import Context
-from dynamo_core.errors import AllBusy, Cancelled, RequestError, StreamTimeout
+from dynamo_core.errors import AllBusy, Cancelled, ModelNotFound, RequestError, StreamTimeout, Unavailable
 from dynamo_core.frontend.body import LINGER, discard, read_body
 from dynamo_core.frontend.contract import Reservation
 from dynamo_core.frontend.deliver import stream, unary
@@ -67,7 +67,7 @@ class Endpoint:
             service.finish(exchange)
 
     async def _serve(self, exchange: Exchange, receive: Receive, send: Send) -> None:
-        service, family = self._service, self._family
+        service = self._service
         exchange.check_numbers()
         if service.authenticator is not None and (principal := await service.authenticate(exchange.headers)) is not None:
             exchange.tenant, exchange.subject, exchange.account = principal.tenant or exchange.tenant, principal.subject, principal.tenant
@@ -75,17 +75,47 @@ class Endpoint:
             await service.limiter.admit(exchange.account)
         raw = await read_body(receive, limit=service.config.max_body_bytes, timeout=service.config.body_timeout)
         exchange.body_read = True
-        body = decode(family.decoder, raw)
+        body = decode(self._family.decoder, raw)
         del raw
         exchange.stream = bool(body.stream)
-        model = service.catalog.get(body.model)
-        if family.surface not in model.card.surfaces:
-            raise RequestError(f"model {body.model!r} does not answer {family.surface}; it offers {', '.join(model.card.surfaces)}", param="model")
-        exchange.model = model.name
+        model = self._find(body.model, exchange)
         service.metrics.begin(exchange)
         await self._generate(body, model, exchange, receive, send)
 
-    async def _generate(self, body: Any, model: Model, exchange: Exchange, receive: Receive, send: Send) -> None:
+    def _find(self, name: str, exchange: Exchange) -> Model | None:
+        """The model, or `None` when the request may wait for its first worker."""
+        service = self._service
+        try:
+            model = self._suitable(service.catalog.get(name), name)
+        except (Unavailable, ModelNotFound):
+            known = service.holding.known(name) if service.holding is not None else None
+            if known is None:
+                raise
+            exchange.model = known
+            return None
+        exchange.model = model.name
+        return model
+
+    def _suitable(self, model: Model, name: str) -> Model:
+        if (surface := self._family.surface) not in model.card.surfaces:
+            raise RequestError(f"model {name!r} does not answer {surface}; it offers {', '.join(model.card.surfaces)}", param="model")
+        return model
+
+    async def _wait(self, name: str) -> Model:
+        assert self._service.holding is not None
+        return self._suitable(await self._service.holding.wait(name), name)
+
+    async def _begin(self, job: Job, context: Context) -> Generation:
+        try:
+            return await _start(job, context)
+        except Unavailable:
+            # The last worker may have left since the model was found.
+            if self._service.holding is None or job.model.not_ready() is None:
+                raise
+        await self._wait(job.model.name)
+        return await _start(job, context)
+
+    async def _generate(self, body: Any, model: Model | None, exchange: Exchange, receive: Receive, send: Send) -> None:
         """Under the watch of a clock, and of a task that learns when the client leaves."""
         service = self._service
         loop = asyncio.get_running_loop()
@@ -105,6 +135,8 @@ class Endpoint:
         try:
             async with limit:
                 watcher = loop.create_task(_watch(receive, exchange, context, limit))
+                if model is None:
+                    model = await self._wait(body.model)
                 job = await self._family.prepare(body, model, exchange, direct_routing=service.config.direct_routing)
                 if service.config.tenant_cache_salt and exchange.account is not None:
                     job.salt(exchange.account)
@@ -115,7 +147,7 @@ class Endpoint:
                     return
                 if service.limiter is not None:
                     reservation = await service.limiter.reserve(exchange.account, job.longest)
-                generation = await _start(job, context)
+                generation = await self._begin(job, context)
                 first = await generation.read()
                 exchange.first_token = time.monotonic()
                 limit.reschedule(deadline)

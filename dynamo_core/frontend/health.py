@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dynamo_core.frontend.contract import TellsProblem
 from dynamo_core.frontend.replies import reply
 from dynamo_core.frontend.service import Service
 
@@ -18,7 +19,7 @@ async def ready(service: Service, request: Request) -> Response:
     """200 when a load balancer may send requests here; else 503 with the reason."""
     if service.draining:
         return reply({"status": "draining", "message": "this frontend is shutting down"}, 503)
-    if (missing := service.catalog.not_ready()) is not None:
+    if (missing := service.not_ready()) is not None:
         return reply({"status": "unready", "message": missing}, 503)
     return reply({"status": "ready"})
 
@@ -29,10 +30,12 @@ async def health(service: Service, request: Request) -> Response:
     The public address of a frontend that has another one for operators says only how well it is.
     """
     fleet = service.catalog.status()
-    missing = service.catalog.not_ready()
+    missing = service.not_ready()
     problems: dict[str, str] = dict(fleet.get("problems") or {})
     if missing is not None:
         problems["frontend"] = missing
+    if isinstance(service.limiter, TellsProblem) and (problem := service.limiter.problem()) is not None:
+        problems["rate_limiter"] = problem
     if service.draining:
         status = "draining"
     elif missing is not None:

@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `/v1/models/{id}`: only models that can be used now."""
+"""`GET /v1/models` and `/v1/models/{id}`: only models that can be used now, or waited for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from dynamo_core.pipeline.contract import Model
 async def all_models(service: Service, request: Request) -> Response:
     await service.authenticate(request.scope["headers"])
     entries = [_entry(model, name) for model in service.catalog.models() for name in (model.name, *model.card.aliases)]
-    return reply({"object": "list", "data": entries})
+    cold = [_cold(name) for name in service.holding.cold()] if service.holding is not None else []
+    return reply({"object": "list", "data": entries + cold})
 
 
 async def one_model(service: Service, request: Request) -> Response:
     """:raises ModelNotFound: 404. :raises Unavailable: known but not ready, 503 with what is missing."""
     await service.authenticate(request.scope["headers"])
     name: str = request.path_params["id"]
+    if service.holding is not None and name in service.holding.cold():
+        return reply(_cold(name))
     return reply(_entry(service.catalog.get(name), name))
 
 
@@ -38,3 +41,8 @@ def _entry(model: Model, name: str) -> dict[str, Any]:
         "surfaces": card.surfaces,
         "capabilities": card.capabilities,
     }
+
+
+def _cold(name: str) -> dict[str, Any]:
+    """A model that the first request for it starts: more is not known before."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "dynamo", "root": name, "status": "cold"}

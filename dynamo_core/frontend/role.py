@@ -20,6 +20,7 @@ from dynamo_core.frontend.app import App, create_app
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.observability import tracing
 from dynamo_core.pipeline.catalog import FleetCatalog
+from dynamo_core.pipeline.holding import HoldingRoom
 from dynamo_core.pipeline.observers import finished_observers
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
@@ -43,12 +44,19 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, 
     tracing.setup("dynamo-frontend", config.observability.otlp_endpoint, config.observability.trace_ratio)
     registry = process_registry()
     try:
-        async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, registry) as catalog:
+        async with (
+            Runtime.open(config, plugins) as runtime,
+            FleetCatalog.open(runtime, registry) as catalog,
+            HoldingRoom.open(runtime, catalog, settings.hold, registry) if settings.hold else contextlib.nullcontext() as holding,
+            contextlib.AsyncExitStack() as entered,
+        ):
             authenticator: Any = build(settings.authenticator, "authenticator", plugins) if settings.authenticator else None
             limiter: Any = build(settings.rate_limiter, "rate_limiter", plugins) if settings.rate_limiter else None
+            if isinstance(limiter, contextlib.AbstractAsyncContextManager):
+                await entered.enter_async_context(limiter)
             app = create_app(
                 settings, catalog, metrics=HttpMetrics(registry, tenant_labels=settings.tenant_labels), authenticator=authenticator, limiter=limiter,
-                observers=finished_observers(plugins),
+                holding=holding, observers=finished_observers(plugins),
                 extra_routes=[route for use in settings.routes for route in build(use, "routes", plugins).routes(catalog)],
                 middleware=[Middleware(build(use, "middleware", plugins).wrap) for use in settings.middleware],
             )

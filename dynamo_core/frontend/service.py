@@ -14,7 +14,7 @@ from dynamo_core.config.schema import Frontend
 from dynamo_core.frontend.contract import Authenticator, Principal, RateLimiter
 from dynamo_core.frontend.exchange import Exchange
 from dynamo_core.frontend.metrics import HttpMetrics
-from dynamo_core.pipeline.contract import Catalog
+from dynamo_core.pipeline.contract import Catalog, Holding
 
 access = logging.getLogger("dynamo.access")
 log = logging.getLogger("dynamo.frontend")
@@ -34,9 +34,16 @@ class Service:
     observers: Sequence[FinishedObserver] = ()
     authenticator: Authenticator | None = None
     limiter: RateLimiter | None = None
+    holding: Holding | None = None
+    """Where requests wait for models without workers; without one they are turned away."""
     draining: bool = False
     in_progress: set[str] = attrs.field(factory=lambda: set[str]())
     """Unique ids of the requests in progress."""
+
+    def not_ready(self) -> str | None:
+        """Why requests cannot be taken, in a sentence. One that may wait for its worker can be taken."""
+        missing = self.catalog.not_ready()
+        return None if missing is not None and self.holding is not None and self.holding.cold() else missing
 
     async def authenticate(self, headers: list[tuple[bytes, bytes]]) -> Principal | None:
         """:raises Unauthorized: by the authenticator, if there is one."""

@@ -82,6 +82,8 @@ class FleetCatalog:
         self._ring = Ring(self._config.router.decisions)
         self._around: list[Around] = [build(use, "preprocessor", runtime.plugins) for use in self._config.around]
         self._replicas = Replicas(runtime) if self._config.router.sync else None
+        self.when_ready: list[Callable[[], None]] = []
+        """Called each time that a worker has become ready to serve."""
         self.stacks = Stacks(self._config.router, runtime.plugins, self._ring, alone=self._config.frontend.processes == 1)
 
     @classmethod
@@ -242,6 +244,8 @@ class FleetCatalog:
             self._partings.serves(instance)
             log.info("worker %s serves model %s", instance.label, model.name)
             self._tell("dynamo_worker_joined", instance=instance, card=card)
+            for tell_ready in self.when_ready:
+                tell_ready()
             return
 
     async def _model_for(self, instance: Instance, card: ModelCard) -> ServedModel:

@@ -138,3 +138,20 @@ class Chained(Protocol):
     async def further(self, decision_id: str) -> list[dict[str, Any]]:
         """The decisions that followed this one elsewhere, in order, each rendered as by `Catalog.decision`."""
         ...
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """Where requests wait for a model that has no worker."""
+
+    def known(self, name: str) -> str | None:
+        """The model's own name, if it is one that requests may wait for."""
+        ...
+
+    def cold(self) -> Sequence[str]:
+        """Names of models that have no worker and can have one."""
+        ...
+
+    async def wait(self, name: str) -> Model:
+        """:raises Unavailable: nobody came in time. :raises AllBusy: too many wait already."""
+        ...

@@ -4,6 +4,8 @@
     v1/models/<namespace>/<component>/<endpoint>/<id hex>       the ModelCard of that instance
     v1/events/<topic>/<id hex>                                  an event publisher (written by the event plane)
     v1/status/<namespace>/<role>/<id hex>                       URL of a process's status endpoint
+    v1/cold/<namespace>/<model>/<id hex>                        a ColdModel: workers of it can be started
+    v1/demand/<namespace>/<model>/<id hex>                      the Demand of a frontend that holds requests for it
 """
 
 from __future__ import annotations
@@ -50,6 +52,22 @@ def of_card(instance: Instance) -> str:
 
 def of_status(namespace: str, role: str, id: int) -> str:
     return f"v1/status/{namespace}/{role}/{id:016x}"
+
+
+def cold(namespace: str) -> str:
+    return f"v1/cold/{namespace}/"
+
+
+def of_cold(namespace: str, model: str, id: int) -> str:
+    return f"v1/cold/{namespace}/{quote(model, safe='')}/{id:016x}"
+
+
+def demand(namespace: str) -> str:
+    return f"v1/demand/{namespace}/"
+
+
+def of_demand(namespace: str, model: str, id: int) -> str:
+    return f"v1/demand/{namespace}/{quote(model, safe='')}/{id:016x}"
 
 
 def tail(key: str) -> str:
