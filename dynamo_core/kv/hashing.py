@@ -35,6 +35,7 @@ _U = np.uint64
 # As arrays without a dimension: numpy takes these in half the time of a scalar.
 _HIGH = np.array(0xFFFF_FFFF_FFFF_0000, _U)
 _ONE = np.array(1, _U)
+_DEPTHS = np.array(MAX_DEPTH, _U)
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _EMPTY: Keys = np.empty(0, _U)
 _SWAP = sys.byteorder == "little"
@@ -98,6 +99,11 @@ class Hasher:
 def depth_of(key: int) -> int:
     """How many blocks the chain of `key` has."""
     return _swapped(key) & MAX_DEPTH
+
+
+def depths_of(keys: Keys) -> Keys:
+    """`depth_of` for many."""
+    return (keys.byteswap() if _SWAP else keys) & _DEPTHS
 
 
 def digest_of(value: Any) -> int:
