@@ -58,7 +58,10 @@ class Reservation(Protocol):
 
 @runtime_checkable
 class RateLimiter(Protocol):
-    """Asked twice for each completion request. Nothing of a refused request is routed or generated."""
+    """Asked twice for each completion request. Nothing of a refused request is routed or generated.
+
+    One that is an async context manager is entered before the first request and left after the last. One that is `TellsProblem` is asked by `/health`.
+    """
 
     async def admit(self, tenant: str | None) -> None:
         """Count one request, before its body is read. `None`: nobody vouches for a tenant; all such callers share one account.
@@ -72,6 +75,15 @@ class RateLimiter(Protocol):
 
         :raises RateLimited: not now; with `retry_after`. :raises QuotaExceeded: never, it is more than the whole limit.
         """
+        ...
+
+
+@runtime_checkable
+class TellsProblem(Protocol):
+    """A limiter that may be less than itself: one that counts alone while its store is away, say."""
+
+    def problem(self) -> str | None:
+        """A sentence for `/health`, which then says `degraded`; `None`: all is well."""
         ...
 
 

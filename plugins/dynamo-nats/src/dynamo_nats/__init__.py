@@ -1,4 +1,4 @@
-"""NATS: a request plane, an event plane and a discovery store for fleets whose network runs through a broker."""
+"""NATS: a request plane, an event plane, a discovery store and shared limits for fleets whose network runs through a broker."""
 
 from dynamo_core.hookspecs import hookimpl
 from dynamo_core.plugins import Registry
@@ -9,3 +9,4 @@ def dynamo_register(registry: Registry) -> None:
     registry.request_plane("nats", "dynamo_nats.plane:NatsPlane", summary="multiplexed streams through NATS, step-batched")
     registry.event_plane("nats", "dynamo_nats.events:NatsEvents", summary="events through NATS: at most once, or durable in JetStream")
     registry.discovery("nats", "dynamo_nats.discovery:NatsDiscovery", summary="a JetStream stream, for fleets that run NATS anyway")
+    registry.add("rate_limiter", "nats-per-tenant", "dynamo_nats.limits:NatsPerTenant", summary="limits for each tenant, counted by all frontends together")
