@@ -6,6 +6,6 @@ from dynamo_core.plugins import Registry
 
 @hookimpl
 def dynamo_register(registry: Registry) -> None:
-    registry.discovery("kubernetes", "dynamo_kubernetes.discovery:KubernetesDiscovery", summary="records in the Kubernetes API, joined with the readiness of pods")
+    registry.discovery("kubernetes", "dynamo_kubernetes.discovery:KubernetesDiscovery", summary="the Kubernetes API, joined with the readiness of pods")
     registry.add("connector", "kubernetes", "dynamo_kubernetes.connector:KubernetesConnector",
                  summary="replicas of a DynamoGraphDeployment, of Deployments or of LeaderWorkerSets")

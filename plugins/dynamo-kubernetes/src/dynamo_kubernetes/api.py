@@ -150,10 +150,9 @@ class Kube:
             raise Unreachable("the connection to Kubernetes is not open")
         if body is not None:
             headers = {**headers, "Content-Type": content_type}
-        server_name = {"server_hostname": self._credentials.server_name} if self._credentials.server_name else {}
         return self._session.request(method, self.server + path, params=params, headers=headers, ssl=self._credentials.tls(),
                                      data=None if body is None else msgspec.json.encode(body),
-                                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timeout), **server_name)
+                                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timeout), server_hostname=self._credentials.server_name)
 
     # ------------------------------------------------------------------ trouble
 

@@ -1,6 +1,5 @@
 """The options by which discovery and the connector reach the API server."""
 
-# ruff: noqa: RUF009  (`seconds` makes an attrs field)
 from __future__ import annotations
 
 from pathlib import Path

@@ -181,7 +181,7 @@ class KubernetesDiscovery(Connection):
         self._mirror.leases.pop(id, None)
 
     async def _home(self) -> Home | None:
-        """Our pod and container, once the kubelet says that it runs. What it says may be of the container before: then the lease ends soon, and is taken anew."""
+        """Our pod and container, once the kubelet says that it runs. It may still speak of the container before: then the lease ends soon, and is taken anew."""
         name = self.pod if self.pod is not None else os.environ.get("POD_NAME", "")
         if not name:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 
 from dynamo_core.ending import ended
@@ -84,7 +84,7 @@ class KubeLease:
 
 
 @contextmanager
-def speaking(what: str) -> Iterator[None]:
+def speaking(what: str) -> Generator[None]:
     """Errors of the API server are the store's."""
     try:
         yield

@@ -116,8 +116,8 @@ def read_claim(found: Object) -> Claim:
     metadata, spec = found["metadata"], found["spec"]
     owner: Mapping[str, Any] = next((o for o in metadata.get("ownerReferences") or () if o["kind"] == "Pod"), {})
     notes = metadata.get("annotations") or {}
-    return Claim(int(metadata["labels"][LEASE], 16), metadata["uid"], float(spec["leaseDurationSeconds"]), str(spec.get("renewTime")), metadata["resourceVersion"],
-                 owner.get("name"), owner.get("uid", ""), notes.get(CONTAINER, ""), notes.get(CONTAINER_ID, ""))
+    return Claim(int(metadata["labels"][LEASE], 16), metadata["uid"], float(spec["leaseDurationSeconds"]), str(spec.get("renewTime")),
+                 metadata["resourceVersion"], owner.get("name"), owner.get("uid", ""), notes.get(CONTAINER, ""), notes.get(CONTAINER_ID, ""))
 
 
 def read_pod(found: Object) -> Pod:
