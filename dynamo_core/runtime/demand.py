@@ -7,10 +7,11 @@ leaves a `Demand`, so that whoever can start workers knows that somebody waits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from dynamo_core.cards import ModelCard
 from dynamo_core.discovery.contract import LEASE_TTL, Discovery, Lease
 from dynamo_core.errors import LeaseLost
 from dynamo_core.runtime import names
@@ -40,6 +41,17 @@ async def held(discovery: Discovery, namespace: str) -> dict[str, int]:
             demand = msgspec.json.decode(value, type=Demand)
             found[demand.model] = found.get(demand.model, 0) + demand.held
     return found
+
+
+def cold_models(cards: Iterable[bytes]) -> list[ColdModel]:
+    """What workers with these cards serve, and could serve again."""
+    found: dict[str, ColdModel] = {}
+    for value in cards:
+        with contextlib.suppress(msgspec.MsgspecError):
+            card = msgspec.json.decode(value, type=ModelCard)
+            if card.adapter is None:
+                found[card.name] = ColdModel(name=card.name, aliases=card.aliases)
+    return [*found.values()]
 
 
 class ColdModels:

@@ -25,6 +25,7 @@ from dynamo_core.config.schema import Config, Worker
 from dynamo_core.discovery.contract import Discovery
 from dynamo_core.errors import ConfigError, ConnectorUnavailable, Problem, ScaleRefused, StoreUnavailable
 from dynamo_core.runtime import names
+from dynamo_core.runtime.demand import ColdModel, ColdModels, cold_models
 from dynamo_core.scaling import ROLES, RoleState
 from dynamo_core.types import Instance
 
@@ -54,6 +55,8 @@ class LocalConnector:
     """GPUs of one worker, by role; 0 where it is left out."""
     devices: tuple[str, ...] = ()
     """The GPUs of this machine to share out: each worker sees its own through CUDA_VISIBLE_DEVICES, and starts when they are free."""
+    models: tuple[str, ...] = ()
+    """What these workers serve, for frontends that hold requests for it before the first worker has ever run. What has run is known by itself."""
     ready_timeout: float = attrs.field(default=600.0, validator=v.gt(0), metadata={"duration": True})
     """Seconds after which a worker that does not serve counts as one that never will."""
 
@@ -61,6 +64,9 @@ class LocalConnector:
     _tables: dict[str, int] = attrs.field(init=False, factory=dict[str, int], repr=False)
     """Index of the `[[workers]]` table of each role."""
     _discovery: Discovery | None = attrs.field(init=False, default=None, repr=False)
+    _cold: ColdModels = attrs.field(init=False, default=None, repr=False)
+    _offered: set[str] = attrs.field(init=False, factory=set[str], repr=False)
+    """Workers whose models frontends were told of."""
     _supervisor: Supervisor = attrs.field(init=False, default=None, repr=False)
     _replicas: list[_Replica] = attrs.field(init=False, factory=list[_Replica], repr=False)
     """Those that are wanted, oldest first."""
@@ -86,6 +92,9 @@ class LocalConnector:
         async with contextlib.AsyncExitStack() as exits:
             discovery: Discovery = build(config.discovery, "discovery", plugins)
             self._discovery = await exits.enter_async_context(discovery)
+            self._cold = ColdModels(discovery, config.namespace, config.lease_ttl)
+            exits.push_async_callback(self._cold.close)
+            await self._cold.offer([ColdModel(name=name) for name in self.models])
             self._exits = exits.pop_all()
         await self.scale(counts, reason="the file's count")
 
@@ -94,10 +103,18 @@ class LocalConnector:
             raise ConnectorUnavailable("the connector is not connected")
         try:
             records = await self._discovery.items(names.instances(self._config.namespace))
+            serving = _serving(records, self._config.host)
+            mine = {tail for tail, pid in serving.items() if any(_process(replica) == pid for replica in self._replicas)}
+            if mine - self._offered:
+                cards = await self._discovery.items(names.models(self._config.namespace))
+                await self._cold.offer(cold_models(card for key, card in cards.items() if names.tail(key) in mine))
+                self._offered = mine
+            else:
+                await self._cold.offer(())
         except StoreUnavailable as e:
             raise ConnectorUnavailable(f"who serves is unknown: {e}") from e
-        serving = _serving(records, self._config.host)
-        return {role: self._state(role, serving) for role in self._tables}
+        pids = {*serving.values()}
+        return {role: self._state(role, pids) for role in self._tables}
 
     async def scale(self, targets: Mapping[str, int], *, reason: str) -> None:
         if self._discovery is None:
@@ -139,7 +156,7 @@ class LocalConnector:
         now = time.monotonic()
         ready = starting = reducible = 0
         for replica in self._of(role):
-            if _alive(replica.child) and replica.child.process is not None and replica.child.process.pid in serving:
+            if _process(replica) in serving:
                 replica.since = now
                 ready += 1
                 continue
@@ -154,7 +171,7 @@ class LocalConnector:
     def _worth(self, replica: _Replica) -> tuple[bool, bool, int]:
         """What is least missed sorts first: what never will serve, what does not run, the youngest."""
         lost = self._lost(replica, time.monotonic())
-        return not lost, _alive(replica.child), -self._replicas.index(replica)
+        return not lost, _process(replica) is not None, -self._replicas.index(replica)
 
     # -------------------------------------------------------------- processes
 
@@ -201,18 +218,20 @@ class LocalConnector:
         return f"{', '.join(f'{count} {role}' for role, count in counts.items())} workers need {wanted} GPUs, and this machine gives {len(self.devices)}"
 
 
-def _alive(child: Child) -> bool:
-    return child.process is not None and child.process.returncode is None
+def _process(replica: _Replica) -> int | None:
+    """The process id of one that lives."""
+    process = replica.child.process
+    return process.pid if process is not None and process.returncode is None else None
 
 
-def _serving(records: Mapping[str, bytes], host: str) -> set[int]:
-    """Process ids of those that generate here: other machines have processes of the same number."""
-    found: set[int] = set()
-    for value in records.values():
+def _serving(records: Mapping[str, bytes], host: str) -> dict[str, int]:
+    """Process ids of those that generate here, by the tail of their key: other machines have processes of the same number."""
+    found: dict[str, int] = {}
+    for key, value in records.items():
         with contextlib.suppress(msgspec.MsgspecError):
             instance = msgspec.json.decode(value, type=Instance)
             if instance.endpoint == names.GENERATE and instance.host == host:
-                found.add(instance.pid)
+                found[names.tail(key)] = instance.pid
     return found
 
 

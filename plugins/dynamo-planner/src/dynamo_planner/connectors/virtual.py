@@ -22,6 +22,7 @@ from dynamo_core.config import build, load_with_plugins
 from dynamo_core.discovery.contract import Discovery
 from dynamo_core.errors import ConnectorUnavailable, ScaleRefused, StoreUnavailable
 from dynamo_core.runtime import names
+from dynamo_core.runtime.demand import ColdModel, ColdModels, cold_models
 from dynamo_core.scaling import ROLES, RoleState
 from dynamo_core.types import Instance
 from dynamo_planner.connectors.decisions import Decision, Decisions
@@ -39,6 +40,8 @@ class VirtualConnector:
     """The stack whose namespace and discovery store are meant. Default: $DYNAMO_CONFIG."""
     name: str = attrs.field(default="planner", validator=v.matches_re(r"[a-z0-9][a-z0-9_-]*"))
     """Of the decisions: several planners of one namespace have a name each."""
+    models: tuple[str, ...] = ()
+    """What these workers serve, for frontends that hold requests for it before the first worker has ever run. What has run is known by itself."""
     answer_timeout: float = attrs.field(default=0.0, validator=v.ge(0), metadata={"duration": True})
     """Seconds to wait until whoever acts has taken a decision; 0 waits for nobody."""
     ready_timeout: float = attrs.field(default=600.0, validator=v.gt(0), metadata={"duration": True})
@@ -46,6 +49,7 @@ class VirtualConnector:
 
     _discovery: Discovery | None = attrs.field(init=False, default=None, repr=False)
     _namespace: str = attrs.field(init=False, default="", repr=False)
+    _cold: ColdModels = attrs.field(init=False, default=None, repr=False)
     _decisions: Decisions = attrs.field(init=False, default=None, repr=False)
     _writing: asyncio.Lock = attrs.field(init=False, factory=asyncio.Lock, repr=False)
     _exits: contextlib.AsyncExitStack | None = attrs.field(init=False, default=None, repr=False)
@@ -62,6 +66,9 @@ class VirtualConnector:
         async with contextlib.AsyncExitStack() as exits:
             try:
                 self._discovery = await exits.enter_async_context(discovery)
+                self._cold = ColdModels(discovery, namespace)
+                exits.push_async_callback(self._cold.close)
+                await self._cold.offer([ColdModel(name=name) for name in self.models])
             except StoreUnavailable as e:
                 raise ConnectorUnavailable(str(e)) from e
             self._exits = exits.pop_all()
@@ -72,7 +79,9 @@ class VirtualConnector:
         discovery = self._connected()
         try:
             decision, answer = await self._decisions.last(), await self._decisions.answer()
-            running = _running(await discovery.items(names.instances(self._namespace)), await discovery.items(names.models(self._namespace)))
+            cards = await discovery.items(names.models(self._namespace))
+            running = _running(await discovery.items(names.instances(self._namespace)), cards)
+            await self._cold.offer(cold_models(cards.values()))
         except StoreUnavailable as e:
             raise ConnectorUnavailable(f"who serves is unknown: {e}") from e
         refused = decision is not None and answer is not None and answer.id == decision.id and answer.refused is not None

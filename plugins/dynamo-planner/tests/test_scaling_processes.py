@@ -1,0 +1,212 @@
+"""A frontend and workers as processes of this machine, scaled under load: what clients see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx
+import pytest
+from dynamo_planner.connectors.local import LocalConnector
+
+from dynamo_core.discovery.file import FileDiscovery
+from dynamo_core.ending import ended
+from dynamo_core.runtime.demand import held
+
+pytestmark = pytest.mark.slow
+
+STACK = """
+lease_ttl = 2.0
+discovery = {{ use = "file", path = "{folder}/discovery" }}
+[frontend]
+port = 0
+hold = {{ max_wait = 60 }}
+[router]
+use = "least-loaded"
+[[workers]]
+name = "backend"
+count = 0
+drain_timeout = 20
+engine = {{ use = "sim", model = "sim", pace_ms = 5.0 }}
+"""
+TOKENS = 40
+
+
+@attrs.define
+class Site:
+    file: Path
+    url: str
+    client: httpx.AsyncClient
+    connector: LocalConnector
+    served: int = 0
+    failures: list[str] = attrs.field(factory=list)
+
+    async def ask(self) -> None:
+        """One streamed chat, which must be whole."""
+        body = {"model": "sim", "stream": True, "max_tokens": TOKENS, "stream_options": {"include_usage": True}, "messages": [{"role": "user", "content": "hi"}]}
+        try:
+            async with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+                text = (await response.aread()).decode()
+            events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+            tokens = next((event["usage"]["completion_tokens"] for event in events if event.get("usage")), None)
+            if response.status_code != 200 or tokens != TOKENS:
+                self.failures.append(f"{response.status_code}: {tokens} tokens: {text[-300:]}")
+            else:
+                self.served += 1
+        except httpx.HTTPError as e:
+            self.failures.append(repr(e))
+
+    @contextlib.asynccontextmanager
+    async def load(self, clients: int) -> AsyncIterator[None]:
+        """So many clients, each asking again and again. None may fail."""
+        leaving = asyncio.Event()
+
+        async def client() -> None:
+            while not leaving.is_set():
+                await self.ask()
+
+        running = [asyncio.create_task(client()) for _ in range(clients)]
+        try:
+            yield
+            leaving.set()
+            async with asyncio.timeout(60):
+                await asyncio.gather(*running)
+        finally:
+            await ended(*running)
+        assert self.failures == []
+
+    async def answers(self, more: int) -> None:
+        """Wait for so many more answers."""
+        enough = self.served + more
+        async with asyncio.timeout(60):
+            while self.served < enough:
+                assert self.failures == []
+                await asyncio.sleep(0.02)
+
+    async def ready(self, count: int) -> None:
+        """Until the frontend and the connector both see so many."""
+        async with asyncio.timeout(60):
+            while True:
+                state = (await self.connector.observe())["aggregated"]
+                workers: list[dict[str, Any]] = (await self.client.get("/health")).json()["models"].get("sim", {}).get("workers", [])
+                if state.stable and state.ready == count and sum(worker["proven"] for worker in workers) == len(workers) == count:
+                    return
+                await asyncio.sleep(0.05)
+
+    async def steps(self) -> set[str]:
+        """Which workers have served, by the frontend's own records."""
+        decisions = (await self.client.get("/debug/decisions", params={"limit": 4000})).json()["decisions"]
+        return {str(decision["worker"]) for decision in decisions}
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    folder = tmp_path_factory.mktemp("scaling")
+    file = folder / "stack.toml"
+    file.write_text(STACK.format(folder=folder))
+    process = subprocess.Popen([sys.executable, "-m", "dynamo_core.cli", "frontend", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    url: list[str] = []
+    lines: list[str] = []
+    listening = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"listening on (http://[\d.:]+)", line):
+                url.append(found[1])
+                listening.set()
+        listening.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        assert listening.wait(60), "the frontend did not listen:\n" + "".join(lines)
+        assert url, "the frontend did not listen:\n" + "".join(lines)
+        yield file, url[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, "".join(lines[-40:])
+
+
+@pytest.fixture
+async def site(frontend: tuple[Path, str]) -> AsyncIterator[Site]:
+    file, url = frontend
+    connector = LocalConnector(file=file, models=("sim",))
+    await connector.start()
+    async with httpx.AsyncClient(base_url=url, timeout=90) as client:
+        try:
+            yield Site(file, url, client, connector)
+        finally:
+            await connector.close()
+
+
+async def test_a_cold_model_is_listed_and_its_first_request_is_answered_by_the_first_worker(site: Site) -> None:
+    async with asyncio.timeout(30):
+        while not (listed := (await site.client.get("/v1/models")).json()["data"]):
+            await asyncio.sleep(0.05)
+    assert [(model["id"], model["status"]) for model in listed] == [("sim", "cold")]
+    assert (await site.client.get("/ready")).status_code == 200, "a load balancer must let the first request through"
+    waiting = [asyncio.create_task(site.ask()) for _ in range(5)]
+    async with FileDiscovery(site.file.parent / "discovery") as store, asyncio.timeout(30):
+        while await held(store, "dynamo") != {"sim": 5}:
+            await asyncio.sleep(0.02)
+    assert 'dynamo_frontend_held_requests{model="sim"} 5.0' in (await site.client.get("/metrics")).text
+    await site.connector.scale({"aggregated": 1}, reason="somebody waits")
+    async with asyncio.timeout(60):
+        await asyncio.gather(*waiting)
+    assert (site.served, site.failures) == (5, [])
+
+
+async def test_load_rises_and_falls_and_no_request_fails(site: Site) -> None:
+    await site.connector.scale({"aggregated": 1}, reason="test")
+    await site.ready(1)
+    async with site.load(clients=6):
+        await site.answers(6)
+        await site.connector.scale({"aggregated": 3}, reason="the load rises")
+        await site.ready(3)
+        await site.answers(12)
+        assert len(await site.steps()) >= 3, "workers were added, and nobody asks them"
+        await site.connector.scale({"aggregated": 1}, reason="the load falls")
+        await site.ready(1)
+        await site.answers(6)
+    assert site.failures == []
+
+
+async def test_a_fleet_goes_to_zero_under_requests_and_they_are_answered_when_it_returns(site: Site) -> None:
+    await site.connector.scale({"aggregated": 1}, reason="test")
+    await site.ready(1)
+    async with site.load(clients=3):
+        await site.answers(3)
+        await site.connector.scale({"aggregated": 0}, reason="test")
+        async with FileDiscovery(site.file.parent / "discovery") as store, asyncio.timeout(60):
+            while await held(store, "dynamo") != {"sim": 3}:
+                assert site.failures == []
+                await asyncio.sleep(0.02)
+        await site.connector.scale({"aggregated": 1}, reason="somebody waits")
+        await site.answers(3)
+
+
+async def test_a_worker_that_is_killed_costs_no_request_and_has_a_successor(site: Site) -> None:
+    await site.connector.scale({"aggregated": 2}, reason="test")
+    await site.ready(2)
+    async with site.load(clients=4):
+        await site.answers(4)
+        victim = site.connector._replicas[0].child.process
+        assert victim is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        await site.answers(4)
+        await site.ready(2)
+        await site.answers(4)
+    assert site.connector._replicas[0].child.restarts == 1
