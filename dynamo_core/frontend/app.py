@@ -20,7 +20,7 @@ from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.frontend.respond import respond
 from dynamo_core.frontend.service import FinishedObserver, Service
 from dynamo_core.frontend.site import admin_site, site
-from dynamo_core.pipeline.contract import Catalog
+from dynamo_core.pipeline.contract import Catalog, Holding
 
 COMPLETION_PATHS = {"/v1/chat/completions": Chat, "/v1/completions": Completions, "/v1/embeddings": Embeddings}
 
@@ -33,6 +33,7 @@ def create_app(
     observers: Sequence[FinishedObserver] = (),
     authenticator: Authenticator | None = None,
     limiter: RateLimiter | None = None,
+    holding: Holding | None = None,
     extra_routes: Sequence[BaseRoute] = (),
     middleware: Sequence[Middleware] = (),
 ) -> App:
@@ -41,7 +42,7 @@ def create_app(
     :param observers: called at the end of each completion request. :param extra_routes: Starlette routes, tried after the built-in ones.
     :param middleware: around everything, the first one outermost.
     """
-    return App(Service(config, catalog, metrics, observers, authenticator, limiter), extra_routes, middleware)
+    return App(Service(config, catalog, metrics, observers, authenticator, limiter, holding), extra_routes, middleware)
 
 
 class App:
