@@ -19,7 +19,7 @@ import pytest
 
 from dynamo_core.testing.servers import Authority, Cluster, Node, free_port
 from dynamo_kubernetes.access import find
-from dynamo_kubernetes.api import Kube, Refused
+from dynamo_kubernetes.api import MERGE_PATCH, Kube, Refused
 
 HERE = Path(__file__).parent
 GUARD = 40.0
@@ -147,3 +147,44 @@ def custom_resources(api_server: ApiServer) -> None:
                             await asyncio.sleep(0.1)
 
     asyncio.run(install())
+
+
+@pytest.fixture
+def gpu_pod() -> dict[str, Any]:
+    return {"spec": {"containers": [{"name": "main", "image": "none", "resources": {"limits": {"nvidia.com/gpu": "2"}}}]}}
+
+
+class Graph:
+    """A DynamoGraphDeployment `chat` with a frontend, `prefill` and `decode`, and what others do to it."""
+
+    API = "nvidia.com/v1beta1"
+
+    def __init__(self, kube: Kube, pod: dict[str, Any]) -> None:
+        self._kube, self._pod = kube, pod
+        self.path = kube.path(self.API, "dynamographdeployments", "chat")
+
+    async def make(self, nodes: int = 1, replicas: int = 0) -> None:
+        more = {"podTemplate": self._pod, **({"multinode": {"nodeCount": nodes}} if nodes > 1 else {})}
+        components = [{"name": "Frontend", "type": "frontend", "replicas": 1}, *({"name": role, "type": role, "replicas": replicas, **more} for role in ("prefill", "decode"))]
+        body = {"apiVersion": self.API, "kind": "DynamoGraphDeployment", "metadata": {"name": "chat"}, "spec": {"components": components}}
+        await self._kube.call("POST", self._kube.path(self.API, "dynamographdeployments"), body)
+
+    def adapter(self, component: str, subresource: str = "") -> str:
+        return self._kube.path(self.API, "dynamographdeploymentscalingadapters", f"chat-{component}", subresource)
+
+    async def adapt(self, component: str, replicas: int = 0) -> None:
+        body = {"apiVersion": self.API, "kind": "DynamoGraphDeploymentScalingAdapter", "metadata": {"name": f"chat-{component}"},
+                "spec": {"replicas": replicas, "dgdRef": {"name": "chat", "componentName": component}}}
+        await self._kube.call("POST", self._kube.path(self.API, "dynamographdeploymentscalingadapters"), body)
+
+    async def merge(self, path: str, body: Any, manager: str = "somebody") -> None:
+        await self._kube.call("PATCH", path, body, content_type=MERGE_PATCH, fieldManager=manager)
+
+    async def replicas(self) -> dict[str, int]:
+        """What the graph itself says."""
+        return {c["name"]: c["replicas"] for c in (await self._kube.call("GET", self.path))["spec"]["components"] if c["name"] != "Frontend"}
+
+
+@pytest.fixture
+def graph(kube: Kube, custom_resources: None, gpu_pod: dict[str, Any]) -> Graph:
+    return Graph(kube, gpu_pod)

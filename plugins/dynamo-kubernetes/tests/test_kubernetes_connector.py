@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from typing import ClassVar
 
 import pytest
 
 from dynamo_core.contracts import ConnectorContract
 from dynamo_core.testing.proxy import Proxy
-from dynamo_kubernetes.api import Kube
 from dynamo_kubernetes.connector import KubernetesConnector
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("custom_resources")]
 
-NVIDIA = "nvidia.com/v1beta1"
-POD = {"spec": {"containers": [{"name": "main", "image": "none", "resources": {"limits": {"nvidia.com/gpu": "2"}}}]}}
+SETS = "leaderworkerset.x-k8s.io/v1"
 
 
 class Suite(ConnectorContract):
-    roles = ("prefill", "decode")
-    options: dict[str, str]
-    controllers: tuple[str, ...]
-
-    async def make(self, kube: Kube) -> None:
-        raise NotImplementedError
+    options: ClassVar[dict[str, str]]
+    controllers: ClassVar[tuple[str, ...]]
 
     @pytest.fixture
     async def proxy(self, api_server):
@@ -31,22 +26,17 @@ class Suite(ConnectorContract):
             yield proxy
 
     @pytest.fixture
-    async def connector(self, api_server, kube, proxy, controllers):
-        await self.make(kube)
+    async def connector(self, api_server, kube, proxy, deployment, controllers):
         controllers("scheduler", "kubelet", *self.controllers)
         self.kube, self.proxy = kube, proxy
-        config = api_server.kubeconfig(port=proxy.port, namespace=kube.namespace)
-        connector = KubernetesConnector(config, timeout=5.0, stuck_after=0.3, **self.options)
+        connector = KubernetesConnector(api_server.kubeconfig(port=proxy.port, namespace=kube.namespace), timeout=5.0, stuck_after=0.3, **self.options)
         await connector.start()
         yield connector
         await connector.close()
 
-    async def pods(self, role: str) -> list[dict]:
-        return (await self.kube.listing(self.kube.path("v1", "pods"), labelSelector=f"role={role}"))[0]
-
     async def kill(self, connector, role):
-        name = (await self.pods(role))[0]["metadata"]["name"]
-        await self.kube.call("DELETE", self.kube.path("v1", "pods", name), {"gracePeriodSeconds": 0})
+        pods, _ = await self.kube.listing(self.kube.path("v1", "pods"), labelSelector=f"role={role}")
+        await self.kube.call("DELETE", self.kube.path("v1", "pods", pods[0]["metadata"]["name"]), {"gracePeriodSeconds": 0})
         return True
 
     async def spoil(self, connector, role):
@@ -61,56 +51,33 @@ class Suite(ConnectorContract):
         self.proxy.refusing = False
 
 
-class TestGraphWithAdapters(Suite):
+class TestGraph(Suite):
+    """Components with scaling adapters."""
+
     options = {"graph": "chat"}
     controllers = ("operator",)
 
-    async def make(self, kube):
-        await make_graph(kube)
-        for component in ("prefill", "decode"):
-            await make_adapter(kube, component)
+    @pytest.fixture
+    async def deployment(self, graph):
+        await graph.make()
+        await graph.adapt("prefill")
+        await graph.adapt("decode")
 
 
-class TestGraphWithoutAdapters(Suite):
-    options = {"graph": "chat"}
-    controllers = ("operator",)
+class TestDeploymentAndLeaderWorkerSet(Suite):
+    """One role of each kind; a replica of the set has two pods."""
 
-    async def make(self, kube):
-        await make_graph(kube, nodes=2)
-
-
-class TestDeployments(Suite):
     options = {"selector": "app=chat"}
     controllers = ("sets",)
 
-    async def make(self, kube):
-        for role in self.roles:
-            labels = {"app": "chat", "dynamo/role": role}
-            spec = {"replicas": 0, "selector": {"matchLabels": {"pods-of": role}}, "template": {"metadata": {"labels": {"pods-of": role}}, **POD}}
-            await kube.call("POST", kube.path("apps/v1", "deployments"), {"metadata": {"name": role, "labels": labels}, "spec": spec})
+    @pytest.fixture
+    async def deployment(self, kube, gpu_pod):
+        labels = {role: {"app": "chat", "dynamo/role": role} for role in self.roles}
+        spec = {"replicas": 0, "selector": {"matchLabels": {"pods-of": "p"}}, "template": {"metadata": {"labels": {"pods-of": "p"}}, **gpu_pod}}
+        await kube.call("POST", kube.path("apps/v1", "deployments"), {"metadata": {"name": "p", "labels": labels["prefill"]}, "spec": spec})
+        body = {"apiVersion": SETS, "kind": "LeaderWorkerSet", "metadata": {"name": "d", "labels": labels["decode"]},
+                "spec": {"replicas": 0, "leaderWorkerTemplate": {"size": 2, "workerTemplate": gpu_pod}}}
+        await kube.call("POST", kube.path(SETS, "leaderworkersets"), body)
 
-
-class TestLeaderWorkerSets(Suite):
-    options = {"selector": "app=chat"}
-    controllers = ("sets",)
-
-    async def make(self, kube):
-        for role in self.roles:
-            labels = {"app": "chat", "dynamo/role": role}
-            body = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "metadata": {"name": role, "labels": labels},
-                    "spec": {"replicas": 0, "leaderWorkerTemplate": {"size": 2, "workerTemplate": POD}}}
-            await kube.call("POST", kube.path("leaderworkerset.x-k8s.io/v1", "leaderworkersets"), body)
-
-
-async def make_graph(kube: Kube, nodes: int = 1, replicas: int = 0) -> None:
-    multinode = {"multinode": {"nodeCount": nodes}} if nodes > 1 else {}
-    components = [{"name": "Frontend", "type": "frontend", "replicas": 1},
-                  *({"name": role, "type": role, "replicas": replicas, "podTemplate": POD, **multinode} for role in ("prefill", "decode"))]
-    await kube.call("POST", kube.path(NVIDIA, "dynamographdeployments"),
-                    {"apiVersion": NVIDIA, "kind": "DynamoGraphDeployment", "metadata": {"name": "chat"}, "spec": {"components": components}})
-
-
-async def make_adapter(kube: Kube, component: str, replicas: int = 0) -> None:
-    await kube.call("POST", kube.path(NVIDIA, "dynamographdeploymentscalingadapters"),
-                    {"apiVersion": NVIDIA, "kind": "DynamoGraphDeploymentScalingAdapter", "metadata": {"name": f"chat-{component}"},
-                     "spec": {"replicas": replicas, "dgdRef": {"name": "chat", "componentName": component}}})
+    async def test_gpus_are_counted_over_all_pods_of_a_replica(self, connector):
+        assert {role: state.gpus_per_replica for role, state in (await connector.observe()).items()} == {"prefill": 2, "decode": 4}
