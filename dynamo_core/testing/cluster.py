@@ -85,10 +85,11 @@ class Cluster:
         """Start one more worker. :param changes: of its settings. Returns its number."""
         settings = attrs.evolve(self.config.workers[0], **changes)
         stack = contextlib.AsyncExitStack()
-        runtime = await stack.enter_async_context(Runtime.open(self.config, self.plugins))
+        config = attrs.evolve(self.config, namespace=settings.namespace or self.config.namespace)
+        runtime = await stack.enter_async_context(Runtime.open(config, self.plugins))
         registry = CollectorRegistry()
         worker = Worker(runtime, build(settings.engine, "engine", self.plugins), settings,
-                        WorkerMetrics(registry, namespace=self.config.namespace, component=settings.name), settle=0.05)
+                        WorkerMetrics(registry, namespace=config.namespace, component=settings.name), settle=0.05)
         await worker.start()
         self.members.append(Member(worker, runtime, stack))
         return len(self.members) - 1

@@ -9,8 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "contracts").glob("*.md"))
-CONTRACTS = "\n".join(path.read_text() for path in sorted((ROOT / "dynamo_core").glob("*/contract.py")))
-KITS = "\n".join(path.read_text() for path in sorted((ROOT / "dynamo_core" / "contracts").glob("*.py")))
+OF_PLUGINS = sorted([*(ROOT / "plugins").glob("*/src/*"), *(ROOT / "plugins" / "routers").glob("*/src/*")])
+"""A plugin that has a kind of its own has its contract and its kit beside it."""
+CONTRACTS = "\n".join(path.read_text() for path in [*sorted((ROOT / "dynamo_core").glob("*/contract.py")), *(p for d in OF_PLUGINS for p in d.glob("contract.py"))])
+KITS = "\n".join(path.read_text() for path in [*sorted((ROOT / "dynamo_core" / "contracts").glob("*.py")), *(p for d in OF_PLUGINS for p in d.glob("kit.py"))])
 OWN_TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").glob("*/test_*.py")))
 """A guarantee that the core gives to plugins, rather than they to it, is tested here and not by a kit."""
 

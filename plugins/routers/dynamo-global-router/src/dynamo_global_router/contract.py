@@ -8,7 +8,8 @@ there. What a strategy answers is kept in the record of the decision.
         the first output, when one before them fails. Pools that it does not name are not tried.
     S3  It is pure over its inputs: the same request and pools give the same answer, and nothing is written to. It neither waits nor does I/O.
     S4  The order of the rows means nothing: permuting them permutes the answer.
-    S5  A strategy that raises, or answers nonsense, is left out for that request and counted; the request goes to the pools by rank, fastest first.
+
+A strategy that raises, or answers nonsense, is left out for that request and counted; the request goes to the pools by rank, fastest first.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ class _Aggregated(_Targets, forbid_unknown_fields=True, kw_only=True):
     isl_min: float | None = None
     isl_max: float | None = None
     isl_resolution: int | None = None
-    agg_pool_mapping: Table | list[Table] | Any
+    agg_pool_mapping: list[Any]
+    """By TTFT and ITL, or by length, TTFT and ITL."""
 
 
 class _Disagg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

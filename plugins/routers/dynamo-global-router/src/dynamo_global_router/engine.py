@@ -223,6 +223,7 @@ class GlobalRouter:
         for number, (pool, look) in enumerate(order):
             row, branch, ride = look.row, context.fork(), None
             row.tried = "was asked"
+            decision.tried.append(row.name)
             self._metrics.sent(decision, row.name)
             try:
                 ride = Ride(pool, look, request, branch, elsewhere=number + 1 < len(order))
@@ -240,8 +241,9 @@ class GlobalRouter:
                 continue
             row.tried, decision.served, decision.ttft_ms = "serves", row.name, ride.ttft_ms
             return ride, outputs
-        full = all(isinstance(error, AllBusy) for error in errors)
-        raise (AllBusy if full else NoWorker)("the request", [f"pool {look.row.name}: {error}" for (_, look), error in zip(order, errors, strict=True)])
+        reasons = [f"pool {look.row.name}: {error}" for (_, look), error in zip(order, errors, strict=True)]
+        reasons += [f"pool {row.name} is {row.state}: {row.why}" for row in decision.rows if not row.tried and row.state != "ready"]
+        raise (AllBusy if all(isinstance(error, AllBusy) for error in errors) else NoWorker)("the request", reasons)
 
     def _decide(self, request: Request, context: Context) -> tuple[PoolDecision, Sequence[tuple[Pool, Look]]]:
         """:raises DynamoError: no pool can take it."""

@@ -54,7 +54,7 @@ class Override:
 
 @attrs.define
 class Grid:
-    """Looks the pool up: a prefill router by `input` and `ttft_ms`, a decode router by `input` and `itl_ms`, others by `ttft_ms`, `itl_ms` and perhaps `input`."""
+    """Looks the pool up: for prefill by `input` and `ttft_ms`, for decode by `input` and `itl_ms`, otherwise by `ttft_ms`, `itl_ms` and perhaps `input`."""
 
     table: tuple[tuple[str, ...], ...] | tuple[tuple[tuple[str, ...], ...], ...] = attrs.field()
     """Names of pools: a row for each step of the first axis (of `input`, `ttft_ms`, `itl_ms`, those that are there), in it a column for each of the next."""

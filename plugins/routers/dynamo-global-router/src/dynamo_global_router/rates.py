@@ -18,7 +18,7 @@ from dynamo_global_router.settings import Rates
 
 MEMORY = 100.0
 """Samples after which an old one counts for a third."""
-BELIEF = 0.2
+BELIEF = 0.1
 """What the configured line counts for, in samples. It matters where none have come, or all alike."""
 OUTLIER = 4.0
 """A sample counts at most as so many times what was expected, once there are `SETTLED` of them: a pause is not a speed."""
@@ -31,8 +31,12 @@ Sums = tuple[float, float, float, float, float]
 
 
 def _sums(x: float, y: float, weight: float) -> Sums:
-    weight /= max(y, 0.1) ** 2  # errors count relatively
     return weight, weight * x, weight * x * x, weight * y, weight * x * y
+
+
+def _added(*parts: Sums) -> Sums:
+    a, b, c, d, e = map(sum, zip(*parts, strict=True))
+    return a, b, c, d, e
 
 
 class Line:
@@ -44,8 +48,10 @@ class Line:
         self.samples = 0
         self.error = 0.0
         """By which share estimates were off lately, on average."""
-        self._belief = [a + b for a, b in zip(_sums(0.0, base, BELIEF), _sums(span, base + slope * span, BELIEF), strict=True)]
-        self._seen = [0.0] * 5
+        self._believed = ((0.0, base), (span, base + slope * span))
+        self._seen: Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self._count = 0.0
+        """Of the samples, old ones less."""
 
     def at(self, x: float) -> float:
         return self.base + self.slope * x
@@ -58,8 +64,12 @@ class Line:
         if self.samples:  # the first one is held against a guess, which says nothing of how good estimates will be
             self.error += (abs(y - expected) / max(expected, 0.1) - self.error) / min(MEMORY, self.samples)
         self.samples += 1
-        self._seen = [_KEEP * seen + new for seen, new in zip(self._seen, _sums(x, y, 1.0), strict=True)]
-        self._solve(*(seen + belief for seen, belief in zip(self._seen, self._belief, strict=True)))
+        self._count = _KEEP * self._count + 1
+        a, b, c, d, e = (_KEEP * seen for seen in self._seen)
+        self._seen = _added((a, b, c, d, e), _sums(x, y, 1 / max(y, 0.1) ** 2))
+        # What was believed counts for a part of an average sample, however far off it was.
+        belief = BELIEF * self._seen[0] / self._count
+        self._solve(*_added(self._seen, *(_sums(x, y, belief) for x, y in self._believed)))
 
     def _solve(self, n: float, sx: float, sxx: float, sy: float, sxy: float) -> None:
         spread = n * sxx - sx * sx

@@ -42,6 +42,8 @@ class PoolDecision:
     time: float
     """Unix time."""
     rows: list[PoolRow]
+    tried: list[str] = attrs.field(factory=list[str])
+    """Pools that the request was sent to, in order."""
     kind: str = "nobody"
     why: str = ""
     served: str | None = None
@@ -53,7 +55,7 @@ class PoolDecision:
 
     @property
     def chosen(self) -> str | None:
-        return next((row.name for row in self.rows if row.tried), None)
+        return self.tried[0] if self.tried else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
