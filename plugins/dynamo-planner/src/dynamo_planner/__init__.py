@@ -8,7 +8,7 @@ from dynamo_core.plugins import Registry
 def dynamo_register(registry: Registry) -> None:
     registry.add("planner", "standard", "dynamo_planner.config:Planner", summary="predict, propose, reconcile, constrain; every stage by name")
     registry.add("connector", "local", "dynamo_planner.connectors.local:LocalConnector", summary="workers as processes of this machine")
-    registry.add("connector", "virtual", "dynamo_planner.connectors.virtual:VirtualConnector", summary="decisions in the discovery store, for somebody else to act on")
+    registry.add("connector", "virtual", "dynamo_planner.connectors.virtual:VirtualConnector", summary="decisions in the discovery store, for somebody else")
     for name, target, summary in (
         ("constant", "baselines:Constant", "it stays as it is"),
         ("seasonal-naive", "baselines:SeasonalNaive", "as it was a day ago"),

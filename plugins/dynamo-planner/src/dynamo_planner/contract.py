@@ -229,7 +229,7 @@ class PredictStage(Protocol):
     stage: ClassVar[Literal["predict"]]
 
     def predict(self, view: View) -> Outlook | None:
-        """None: nothing can be said yet."""
+        """Called once for each point that is added to `view.history`. None: nothing can be said yet."""
         ...
 
 

@@ -14,16 +14,21 @@ class History:
     def __init__(self, interval: float, keep: int) -> None:
         self._interval = interval
         self._points: deque[Load] = deque(maxlen=keep)
+        self._shown: Sequence[Load] | None = None
         self._open: list[Load] = []
         self._since: float | None = None
 
     @property
     def points(self) -> Sequence[Load]:
-        return tuple(self._points)
+        """The same object until a point is added."""
+        if self._shown is None:
+            self._shown = tuple(self._points)
+        return self._shown
 
     def restore(self, point: Load) -> None:
         """Take in a whole point that was recorded before."""
         self._points.append(point)
+        self._shown = None
 
     def add(self, load: Load) -> Load | None:
         """Take in one tick. Returns the point that it completes, if it completes one."""
@@ -37,7 +42,7 @@ class History:
         if not point.prompt_tokens and self._points:  # nothing ended in it: lengths are as they were
             last = self._points[-1]
             point = Load(point.at, point.seconds, point.rate, last.prompt_tokens, last.output_tokens, last.cached_share, point.in_progress, point.held)
-        self._points.append(point)
+        self.restore(point)
         self._open.clear()
         return point
 

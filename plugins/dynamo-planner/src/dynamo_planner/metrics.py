@@ -30,7 +30,8 @@ class PlannerMetrics:
         self.stuck.set(len(decision.stuck))
         self.cold_start.set(decision.cold_start)
         for role, seen in decision.fleet.items():
-            for state, count in (("desired", seen.desired), ("ready", seen.ready), ("wanted", decision.wanted.get(role)), ("target", decision.targets.get(role))):
+            wanted, target = decision.wanted.get(role), decision.targets.get(role)
+            for state, count in (("desired", seen.desired), ("ready", seen.ready), ("wanted", wanted), ("target", target)):
                 if count is not None:
                     self.replicas.labels(role, state).set(count)
         if self._last is not None and not any("the fleet" in part for part in decision.missing):

@@ -14,7 +14,7 @@ from dynamo_planner import build
 from dynamo_planner.config import Planner
 from dynamo_planner.record import Decision, read_journal
 
-JournalFile = Annotated[Path | None, Parameter(name="--journal", show_default=False, help="The file of decisions. Default: planner.record of the configuration.")]
+JournalFile = Annotated[Path | None, Parameter(name="--journal", show_default=False, help="The file of decisions. Default: planner.record.")]
 
 
 def decisions(file: Path | None, overrides: Sequence[str], journal: Path | None) -> tuple[list[Decision], Planner | None]:

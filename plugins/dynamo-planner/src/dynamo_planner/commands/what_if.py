@@ -1,3 +1,4 @@
+# ruff: noqa: T201
 from __future__ import annotations
 
 from pathlib import Path

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 
 from dynamo_planner.explain.svg import Band, Line, plot
 from dynamo_planner.explain.text import explain
@@ -47,7 +48,7 @@ def _summary(decisions: Sequence[Decision]) -> str:
     first, last = decisions[0], decisions[-1]
     actions = Counter(d.action for d in decisions)
     held = Counter((said.by, said.role) for d in decisions for said in d.constraints)
-    gpu_seconds = sum(_gpus(one) * (other.at - one.at) for one, other in zip(decisions, decisions[1:], strict=False) if other.at - one.at < 3600)
+    gpu_seconds = sum(_gpus(one) * (other.at - one.at) for one, other in pairwise(decisions) if other.at - one.at < 3600)
     rows = [
         ("from", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(first.at))), ("to", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last.at))),
         ("decisions", ", ".join(f"{count} {action}" for action, count in actions.most_common())), ("GPU hours", f"{gpu_seconds / 3600:.2f}"),

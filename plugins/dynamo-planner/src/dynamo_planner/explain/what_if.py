@@ -21,7 +21,7 @@ def changes(words: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for word in words:
         if (match := _CHANGE.fullmatch(word)) is None:
-            raise ConfigError(Problem(f"{word!r} is not a change", remedy="write load=2x, prompt=1.5x or output=0.5x; settings change with --set planner.ttft=300ms"))
+            raise ConfigError(Problem(f"{word!r} is not a change", remedy="write load=2x, prompt=1.5x or output=0.5x; --set changes settings"))
         found[_FIELD[match[1]]] = float(match[2])
     return found
 

@@ -59,7 +59,7 @@ class Live:
     def problem(self) -> str | None:
         """What is missing before `performance` says anything."""
         if len(self._seen) < self.samples:
-            return f"the performance of the engine is being learned: {len(self._seen)} of {self.samples} intervals with traffic seen; a profile would say it at once"
+            return f"the performance of the engine is being learned: {len(self._seen)} of {self.samples} intervals with traffic were seen"
         return None
 
     def performance(self) -> Performance | None:

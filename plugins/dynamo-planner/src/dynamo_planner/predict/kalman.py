@@ -80,7 +80,8 @@ class KalmanTrend:
         best = int(np.argmin(n * np.log(scale) + score))
         return self._ahead(a[best], b[best], (p[best], c[best], s[best]), (q[best], t[best]), scale[best], steps, level)
 
-    def _ahead(self, a: float, b: float, covariance: tuple[float, float, float], noise: tuple[float, float], scale: float, steps: int, level: float) -> Forecast:
+    def _ahead(self, a: float, b: float, covariance: tuple[float, float, float], noise: tuple[float, float], scale: float,
+               steps: int, level: float) -> Forecast:
         f, (p, c, s), (q, t) = self.fade, covariance, noise
         mean, variance = np.empty(steps), np.empty(steps)
         for i in range(steps):

@@ -1,0 +1,231 @@
+"""A day of traffic through the planner, in virtual time: what each predictor and each mode costs, and what it keeps.
+
+    python -m benchmarks.planner [--seeds 1,2] [--scale 1.0] [--only NAME,...] [--report docs/planner.md]
+
+The planner is the production one, tick by tick; the fleet is simulated (`planner_fleet.py`). The day before is in the planner's history.
+`--report` replaces the part of the page between its two marks, and the plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar, Literal
+
+import attrs
+import numpy as np
+
+from benchmarks.planner_fleet import SimulatedFleet, profile
+from benchmarks.planner_loads import Day, day, recorded
+from dynamo_core.config import Use
+from dynamo_core.plugins import Plugins
+from dynamo_planner import build as parts
+from dynamo_planner.config import Metrics, Planner
+from dynamo_planner.contract import Expected, Load, Outlook, View
+from dynamo_planner.explain.svg import Line, plot
+from dynamo_planner.performance.profile import Measured
+from dynamo_planner.planning import Planning
+from dynamo_planner.predict.backtest import Score, backtest
+from dynamo_planner.stages import capacity
+
+TICK, INTERVAL, COLD, TTFT, ITL = 30, 120, 120.0, 0.5, 0.025
+PREDICTORS = ("constant", "seasonal-naive", "ewma", "kalman", "kalman-trend", "arima", "ets")
+MARKS = ("<!-- written by benchmarks.planner -->", "<!-- end -->")
+
+
+@attrs.frozen
+class Oracle:
+    """A predict stage that knows the rates to come, though not the single arrivals."""
+
+    stage: ClassVar[Literal["predict"]] = "predict"
+    day: Day
+
+    def predict(self, view: View) -> Outlook | None:
+        ahead = slice(int(view.at), int(view.at + view.cold_start + 2 * view.interval))
+        arrivals = self.day.arrivals[ahead]
+        if arrivals.size < 60:
+            return None
+        rate = float(np.convolve(arrivals, np.ones(60) / 60, "valid").max())
+        sizes = [float(part[ahead].max()) for part in (self.day.prompt, self.day.output)]
+        return Outlook(*(Expected(value, value, value) for value in (rate, *sizes)), "oracle")
+
+
+@attrs.frozen
+class Trial:
+    name: str
+    predictor: str = "kalman-trend"
+    propose: tuple[Use, ...] = (Use("sla"), Use("load"))
+    kind: Literal["planner", "oracle", "peak", "mean"] = "planner"
+    """`peak` and `mean`: a fleet for that load, which never changes."""
+    patience: float = 180.0
+
+
+_SLA = (Use("sla"),)
+TRIALS: tuple[Trial, ...] = (
+    Trial("static, for the peak", kind="peak"), Trial("static, for the mean", kind="mean"), Trial("oracle", propose=_SLA, kind="oracle"),
+    Trial("load", propose=(Use("load"),)),
+    *(Trial(f"sla, {name}", name, _SLA) for name in PREDICTORS),
+    *(Trial(f"sla and load, {name}", name) for name in PREDICTORS if name not in ("arima", "ets")),
+    Trial("sla for the upper end and load, kalman-trend", propose=(Use("sla", {"plan_for": "high"}), Use("load"))),
+    Trial("sla for the upper end and load, constant", "constant", propose=(Use("sla", {"plan_for": "high"}), Use("load"))),
+    Trial("sla and load, kalman-trend, patience 600 s", patience=600.0),
+)
+
+
+@attrs.frozen
+class Result:
+    attained: float
+    gpu_hours: float
+    changes: int
+    turns: int
+    """Changes of direction within half an hour."""
+    late_first: float
+    late_between: float
+    seconds: float
+    replicas: Sequence[tuple[float, float | None]] = ()
+
+
+def run(trial: Trial, today: Day, before: Day) -> Result:
+    began = time.perf_counter()
+    fleet = SimulatedFleet(today, TTFT, ITL, COLD)
+    length = int(today.arrivals.size)
+    measured = Measured.of(profile(), "the timing model")
+    if trial.kind in ("peak", "mean"):
+        rates = today.counts(60) / 60
+        need = _need(float(rates.max() if trial.kind == "peak" else rates.mean()), today, measured)
+        fleet.start_with(need)
+        fleet.advance(length)
+        return _result(fleet, 0, 0, began, [])
+    table = Planner(
+        metrics=Metrics(frontends=("http://127.0.0.1:1",)), roles=("prefill", "decode"), ttft=TTFT, itl=ITL, tick=float(TICK), interval=float(INTERVAL),
+        cold_start=COLD, predictor=_predictor(trial.predictor, length), propose=trial.propose, gpus=40, patience=trial.patience,
+    )
+    mind = parts.mind(table, Plugins.load())
+    mind.profile = measured
+    if trial.kind == "oracle":
+        mind.stages.predict = Oracle(today)
+    for i, count in enumerate(before.counts(INTERVAL)):
+        at = slice(i * INTERVAL, (i + 1) * INTERVAL)
+        mind.history.restore(Load(float(i * INTERVAL - length), INTERVAL, float(count) / INTERVAL, float(before.prompt[at].mean()), float(before.output[at].mean())))
+    planning = Planning(mind, fleet, fleet, fleet)
+    shown: list[tuple[float, float | None]] = []
+
+    async def through() -> int:
+        changes = 0
+        for at in range(0, length, TICK):
+            decision = await planning.tick(float(at))
+            if decision.action in ("failed", "refused"):
+                raise RuntimeError(decision.result)
+            changes += decision.action == "scaled"
+            shown.append((float(at), float(sum(seen.desired for seen in decision.fleet.values()))))
+            fleet.advance(min(TICK, length - at))
+        return changes
+
+    return _result(fleet, asyncio.run(through()), fleet.turns(1800), began, shown)
+
+
+def _result(fleet: SimulatedFleet, changes: int, turns: int, began: float, shown: Sequence[tuple[float, float | None]]) -> Result:
+    waiting = fleet.unfinished()
+    asked = max(1, fleet.served + waiting)
+    return Result(fleet.on_time / asked, fleet.gpu_seconds / 3600, changes, turns, fleet.late_first / asked, fleet.late_between / asked,
+                  time.perf_counter() - began, shown)
+
+
+def _need(rate: float, today: Day, measured: Measured) -> dict[str, int]:
+    demand = capacity.Demand(rate, float(today.prompt.mean()), float(today.output.mean()))
+    return {"prefill": capacity.prefill(demand, measured, TTFT, 0.95).replicas, "decode": capacity.decode(demand, measured, ITL, 0.95).replicas}
+
+
+def _predictor(name: str, length: int) -> Use:
+    """A season is a day, whatever the day's length."""
+    if name == "oracle":
+        return Use("constant")
+    return Use(name, {"season": length // INTERVAL, "recent": 15} if name == "seasonal-naive" else {})
+
+
+# ------------------------------------------------------------------ the page
+
+
+def table_of_days(found: Mapping[str, Sequence[Result]]) -> str:
+    rows = ["| fleet | requests on time | late first token | slow tokens | GPU hours | changes | turns |", "|---|---|---|---|---|---|---|"]
+    for name, results in found.items():
+        def of(part: str, results: Sequence[Result] = results) -> float:
+            return mean(getattr(result, part) for result in results)
+
+        rows.append(f"| {name} | {of('attained'):.2%} | {of('late_first'):.2%} | {of('late_between'):.2%} | {of('gpu_hours'):.0f} | {of('changes'):.0f} | {of('turns'):.0f} |")
+    return "\n".join(rows)
+
+
+def table_of_scores(title: str, scores: Sequence[Score]) -> str:
+    rows = [f"| {title} | error | too low by | inside the interval | ms a forecast |", "|---|---|---|---|---|"]
+    rows += [f"| {s.name} | {s.error:.1%} | {s.under:.1%} | {s.covered:.0%} | {s.milliseconds:.1f} |" for s in scores]
+    return "\n".join(rows)
+
+
+def backtests(seeds: Sequence[int], scale: float) -> str:
+    plugins = Plugins.load()
+    tables: list[str] = []
+    days = np.concatenate([day(seed, scale=scale).counts(INTERVAL) for seed in (seeds[0] + 1000, seeds[0])])
+    steps = math.ceil(COLD / INTERVAL) + 1
+    for title, series, every, skip, season in (("two drawn days, 120 s a point", days, 7, days.size // 2, days.size // 2), ("recorded half hour, 10 s a point", recorded(), 3, 60, None)):
+        made: dict[str, Any] = {}
+        for name in PREDICTORS:
+            kind: Any = plugins.find("predictor", name).load()
+            if name == "seasonal-naive":
+                if season is not None:
+                    made[name] = kind(season=season)
+                continue
+            made[name] = kind()
+        tables.append(table_of_scores(title, backtest(made, series, steps=steps, every=every, skip=skip)))
+    return "\n\n".join(tables)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--scale", type=float, default=1.0, help="length of a day; below 1 to see that it works, not to quote")
+    parser.add_argument("--only", default="", help=f"of: {'; '.join(trial.name for trial in TRIALS)}; separated by ;")
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    names = [name.strip() for name in options.only.split(";") if name.strip()]
+    if unknown := set(names) - {trial.name for trial in TRIALS}:
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    found: dict[str, list[Result]] = {}
+    for trial in TRIALS:
+        if names and trial.name not in names:
+            continue
+        found[trial.name] = [run(trial, day(seed, scale=options.scale), day(seed + 1000, scale=options.scale)) for seed in seeds]
+        print(f"{trial.name}: {mean(r.attained for r in found[trial.name]):.2%}, {mean(r.gpu_hours for r in found[trial.name]):.0f} GPU h, "
+              f"{sum(r.seconds for r in found[trial.name]):.0f} s", file=sys.stderr, flush=True)
+    text = "\n\n".join([table_of_days(found), *([] if names else [backtests(seeds, options.scale)])])
+    print(text)
+    if options.report is not None:
+        before, _, rest = options.report.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        options.report.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+        picture = options.report.with_suffix(".svg")
+        picture.write_text(_picture(found, day(seeds[0], scale=options.scale)))
+    return 0
+
+
+def _picture(found: Mapping[str, Sequence[Result]], today: Day) -> str:
+    colours = ("#3572b0", "#c8641e", "#3a8f4b", "#8d4ea8")
+    chosen = [name for name in ("oracle", "load", "sla, kalman-trend", "sla and load, kalman-trend") if name in found]
+    lines = [Line(name, found[name][0].replicas, colour, steps=True) for name, colour in zip(chosen, colours, strict=False)]
+    lines.append(Line("requests/s", [(i * 60.0, float(count) / 60) for i, count in enumerate(today.counts(60))], "#999999"))
+    figure = plot("A drawn day: load, and replicas of both roles", "requests/s, replicas", lines)
+    inner = figure[figure.index("<svg") : figure.index("</svg>")]
+    legend = "".join(f'<text x="70" y="{22 + 13 * i}" fill="{line.colour}">{line.name}</text>' for i, line in enumerate(lines))
+    style = "<style>text{font:11px sans-serif;fill:#777}.grid{stroke:#999;opacity:.3}</style>"
+    return inner.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + legend.replace("<text ", "<text style='fill:inherit' ") + "</svg>\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""A fleet in virtual time that the planner scales through its own contracts: prompts queue for prefill, sequences share decode.
+
+Prompts are read first come, first served, one at a time on each replica. Sequences that decode are spread evenly; each step takes what the
+engine's timing model says for so many of them, so that all slow down together. A second is a step of the simulation; arrivals are spread
+over it. New replicas serve after the cold start. Replicas that are taken away stop taking prompts at once and finish what they have.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+import attrs
+import numpy as np
+
+from benchmarks.planner_loads import Day
+from dynamo_core.scaling import RoleState
+from dynamo_planner.contract import Load, WorkerReport
+from dynamo_planner.performance.profile import DecodePoint, PrefillPoint, Profile
+from dynamo_sim.timing import Polynomial
+
+BLOCKS, BLOCK = 16_384, 64
+TIMING = Polynomial(BLOCKS)
+
+
+def prefill_seconds(tokens: float) -> float:
+    return TIMING.step_ms(int(tokens), 0, 0.0) / 1000
+
+
+def itl_seconds(context: float, sequences: float) -> float:
+    """With more than fits in the cache, sequences take turns."""
+    blocks = max(1.0, sequences) * context / BLOCK
+    return TIMING.step_ms(0, 1, min(blocks, BLOCKS)) / 1000 * max(1.0, blocks / BLOCKS)
+
+
+def profile() -> Profile:
+    """What `dynamo profile` would find."""
+    contexts, batches = (1024, 4096, 8192, 12288), (1, 4, 8, 16, 32, 64, 96, 128)
+    return Profile(
+        prefill=tuple(PrefillPoint(n, prefill_seconds(n)) for n in (256, 1024, 4096, 8192, 12288)),
+        decode=tuple(DecodePoint(c, n, itl_seconds(c, n)) for c in contexts for n in batches if c * n <= BLOCKS * BLOCK),
+        max_sequences=256, kv_tokens=BLOCKS * BLOCK,
+    )
+
+
+@attrs.define
+class _Pool:
+    ready: int
+    starting: list[float] = attrs.field(factory=list)
+    """When each will be ready."""
+    changes: list[tuple[float, int]] = attrs.field(factory=list)
+    """Time and desired count of each write."""
+
+    @property
+    def desired(self) -> int:
+        return self.ready + len(self.starting)
+
+
+@attrs.define(eq=False)
+class SimulatedFleet:
+    """A connector, a source of load and a source of reports, all of the same fleet. `advance` lets time pass."""
+
+    day: Day
+    ttft: float
+    itl: float
+    cold_start: float
+    pools: dict[str, _Pool] = attrs.field(factory=lambda: {"prefill": _Pool(2), "decode": _Pool(2)})
+    now: int = 0
+    gpu_seconds: float = 0.0
+    served: int = 0
+    on_time: int = 0
+    late_first: int = 0
+    late_between: int = 0
+    _servers: list[float] = attrs.field(factory=list)
+    """When each prefill replica will be free."""
+    _joining: dict[int, list[tuple[float, float, bool]]] = attrs.field(factory=dict)
+    """By second, the sequences that start to decode then: when, how many tokens, and whether the first was in time."""
+    _decoding: list[tuple[float, float, float, bool]] = attrs.field(factory=list)
+    """Finish line on the common track, start, tokens, first token in time."""
+    _track: float = 0.0
+    _seen: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(("at", "arrived", "prompt", "output", "ttft", "first", "itl", "ended"), 0.0))
+
+    def __attrs_post_init__(self) -> None:
+        self._servers = [0.0] * self.pools["prefill"].ready
+
+    # -------------------------------------------------------------- time
+
+    def advance(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self._second()
+
+    def _second(self) -> None:
+        t = self.now
+        for name, pool in self.pools.items():
+            while pool.starting and pool.starting[0] <= t:
+                heapq.heappop(pool.starting)
+                pool.ready += 1
+                if name == "prefill":
+                    heapq.heappush(self._servers, float(t))
+            self.gpu_seconds += pool.ready + len(pool.starting)
+        self._decode(t)
+        self._prefill(t)
+        self.now += 1
+
+    def _prefill(self, t: int) -> None:
+        count = int(self.day.arrivals[t])
+        if not count:
+            return
+        prompt, output = float(self.day.prompt[t]), float(self.day.output[t])
+        work, seen, servers = prefill_seconds(prompt), self._seen, self._servers
+        seen["arrived"] += count
+        seen["prompt"] += count * prompt
+        seen["output"] += count * output
+        for i in range(count):
+            at = t + (i + 0.5) / count
+            if servers:
+                first = max(at, servers[0]) + work
+                heapq.heapreplace(servers, first)
+            else:  # nobody is there: it waits for the next replica
+                ready = self.pools["prefill"].starting
+                first = (ready[0] if ready else at + 600.0) + work
+            waited = first - at
+            seen["ttft"] += waited
+            seen["first"] += 1
+            self._joining.setdefault(int(first) + 1, []).append((first, output, waited <= self.ttft))
+
+    def _decode(self, t: int) -> None:
+        decoding, pool = self._decoding, self.pools["decode"]
+        for first, tokens, in_time in self._joining.pop(t, ()):
+            heapq.heappush(decoding, (self._track + tokens, first, tokens, in_time))
+        if not decoding or not pool.ready:
+            return
+        context = float(self.day.prompt[t] + self.day.output[t] / 2)
+        self._track += 1.0 / itl_seconds(context, len(decoding) / pool.ready)
+        while decoding and decoding[0][0] <= self._track:
+            _, first, tokens, in_time = heapq.heappop(decoding)
+            between = (t + 1 - first) / tokens
+            self._seen["itl"] += between * tokens
+            self._seen["ended"] += tokens
+            self.served += 1
+            self.late_first += not in_time
+            self.late_between += between > self.itl
+            self.on_time += in_time and between <= self.itl
+
+    # -------------------------------------------------------------- a connector
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def observe(self) -> Mapping[str, RoleState]:
+        return {name: RoleState(desired=pool.desired, ready=pool.ready, starting=len(pool.starting), draining=0, gpus_per_replica=1, stable=not pool.starting)
+                for name, pool in self.pools.items()}
+
+    async def scale(self, targets: Mapping[str, int], *, reason: str) -> None:
+        for name, count in targets.items():
+            pool = self.pools[name]
+            pool.changes.append((self.now, count))
+            while pool.desired < count:
+                heapq.heappush(pool.starting, self.now + self.cold_start)
+            while pool.desired > count:
+                if pool.starting:
+                    pool.starting.remove(max(pool.starting))
+                    continue
+                pool.ready -= 1
+                if name == "prefill":
+                    heapq.heappop(self._servers)
+
+    # -------------------------------------------------------------- a source of load, and of reports
+
+    async def load(self, at: float) -> Load | None:
+        seen, self._seen = self._seen, dict.fromkeys(self._seen, 0.0) | {"at": at}
+        if (seconds := at - seen["at"]) <= 0:
+            return None
+        n = max(1.0, seen["arrived"])
+        return Load(at, seconds, seen["arrived"] / seconds, seen["prompt"] / n, seen["output"] / n, in_progress=float(len(self._decoding)),
+                    ttft=seen["ttft"] / seen["first"] if seen["first"] else None, itl=seen["itl"] / seen["ended"] if seen["ended"] else None)
+
+    def reports(self, at: float) -> Sequence[WorkerReport]:
+        prompt = float(self.day.prompt[min(self.now, self.day.prompt.size - 1)])
+        backlog = sum(max(0.0, free - self.now) for free in self._servers) / prefill_seconds(prompt) * prompt if self._servers else 0.0
+        readers, decoders = self.pools["prefill"].ready, self.pools["decode"].ready
+        running = len(self._decoding) / max(1, decoders)
+        share = min(1.0, running * prompt / (BLOCKS * BLOCK))
+        waiting = max(0, int(backlog / max(1, readers) - prompt))
+        return [WorkerReport(f"p{i}", "prefill", waiting_prefill_tokens=waiting, at=at) for i in range(readers)] + [
+            WorkerReport(f"d{i}", "decode", running=round(running), kv_share=share, at=at) for i in range(decoders)]
+
+    def problems(self) -> Sequence[str]:
+        return ()
+
+    # -------------------------------------------------------------- what came of it
+
+    def start_with(self, replicas: Mapping[str, int]) -> None:
+        """Before time begins: so many replicas, all of them ready."""
+        self.pools = {name: _Pool(count) for name, count in replicas.items()}
+        self._servers = [0.0] * replicas["prefill"]
+
+    def unfinished(self) -> int:
+        """Requests that the day's end finds unanswered."""
+        return len(self._decoding) + sum(map(len, self._joining.values()))
+
+    def turns(self, within: float) -> int:
+        """Changes of direction within so many seconds: a replica was added and taken away again, or the other way round."""
+        found = 0
+        for pool in self.pools.values():
+            before: tuple[float, int, int] | None = None
+            for at, count in pool.changes:
+                if before is not None:
+                    way = int(np.sign(count - before[1])) or before[2]
+                    found += bool(before[2] and way != before[2] and at - before[0] <= within)
+                    before = (at, count, way)
+                else:
+                    before = (at, count, 0)
+        return found

@@ -1,0 +1,1 @@
+"""`dynamo profile`: measures what one worker can do."""
