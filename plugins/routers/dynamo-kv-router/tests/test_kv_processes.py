@@ -98,7 +98,18 @@ class Fleet:
         decision = (await client.get(f"/debug/decisions/{answer.headers['x-dynamo-decision']}")).json()
         row = decision["workers"].index(decision["worker"])
         predicted = decision["columns"]["kv.overlap_tokens"]["values"][row]
-        return predicted, answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        found = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert (decision["overlap_tokens"], decision["cached_tokens"]) == (predicted, found)
+        return predicted, found
+
+    async def counted(self) -> tuple[float, float]:
+        """Cached tokens that both frontends predicted, and those that engines found, by their metrics."""
+        totals = {"predicted": 0.0, "found": 0.0}
+        for line in (await self.clients[0].get("/metrics")).text.splitlines():  # each answers for both
+            for kind in totals:
+                if line.startswith(f"dynamo_router_{kind}_cached_tokens_total{{"):
+                    totals[kind] += float(line.rsplit(" ", 1)[1])
+        return totals["predicted"], totals["found"]
 
     async def predictions_hold(self, count: int) -> int:
         found = 0
@@ -143,7 +154,8 @@ async def fleet(tmp_path: Path, unused_tcp_port_factory: Callable[[], int], loss
 
 @pytest.mark.slow
 async def test_the_engines_hit_what_both_routers_predicted_through_loss_and_death(fleet: Fleet, tmp_path: Path) -> None:
-    assert await fleet.predictions_hold(60) > 3000
+    assert (found := await fleet.predictions_hold(60)) > 3000
+    assert await fleet.counted() == (found, found)
 
     victim = next(child for child in fleet.stack.supervisor.children if child.name.startswith("backend"))
     assert victim.process is not None
