@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from dynamo_planner.connectors.kit import ConnectorContract
-from dynamo_planner.connectors.local import LocalConnector
 
 from dynamo_core.errors import ConfigError, ConnectorUnavailable, ScaleRefused
 from dynamo_core.runtime import names
+from dynamo_planner.connectors.kit import ConnectorContract
+from dynamo_planner.connectors.local import LocalConnector
 
 STACK = """
 lease_ttl = 2.0

@@ -8,15 +8,15 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import pytest
-from dynamo_planner.connectors.decisions import Decision, Decisions
-from dynamo_planner.connectors.kit import ConnectorContract
-from dynamo_planner.connectors.virtual import VirtualConnector
 
 from dynamo_core.config.schema import Use
 from dynamo_core.discovery.file import FileDiscovery
 from dynamo_core.ending import ended
 from dynamo_core.errors import ConnectorUnavailable, DynamoError, ScaleRefused
 from dynamo_core.testing.cluster import Cluster
+from dynamo_planner.connectors.decisions import Decision, Decisions
+from dynamo_planner.connectors.kit import ConnectorContract
+from dynamo_planner.connectors.virtual import VirtualConnector
 
 
 class Actor:

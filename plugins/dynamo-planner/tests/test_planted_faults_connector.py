@@ -9,11 +9,11 @@ from pathlib import Path
 
 import attrs
 import pytest
-from dynamo_planner.connectors.kit import ConnectorContract
-from dynamo_planner.connectors.virtual import VirtualConnector
 
 from dynamo_core.discovery.file import FileDiscovery
 from dynamo_core.errors import ConnectorUnavailable, ScaleRefused
+from dynamo_planner.connectors.kit import ConnectorContract
+from dynamo_planner.connectors.virtual import VirtualConnector
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -18,11 +18,11 @@ from typing import Any
 import attrs
 import httpx
 import pytest
-from dynamo_planner.connectors.local import LocalConnector
 
 from dynamo_core.discovery.file import FileDiscovery
 from dynamo_core.ending import ended
 from dynamo_core.runtime.demand import held
+from dynamo_planner.connectors.local import LocalConnector
 
 pytestmark = pytest.mark.slow
 
