@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -12,6 +13,7 @@ from dynamo_core.cli.supervisor import Child, Supervisor
 from dynamo_core.config import load, load_with_plugins
 from dynamo_core.config.schema import Config
 from dynamo_core.frontend.servers.sockets import reserved_port
+from dynamo_core.frontend.siblings import meeting_place
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +41,18 @@ def frontend(
 
 async def _several(config: Config, arguments: list[str], stop: asyncio.Event) -> int:
     """Processes that share the port, each with a router of its own."""
-    with contextlib.ExitStack() as held:
+    names = [f"frontend-{copy}" for copy in range(config.frontend.processes)]
+    with meeting_place(names) as environments, contextlib.ExitStack() as held:
         if not config.frontend.port:
             arguments = [*arguments, f"--port={held.enter_context(reserved_port(config.frontend.host))}"]
-        return await _supervise(config, arguments, stop)
+        return await _supervise(config, arguments, names, environments, stop)
 
 
-async def _supervise(config: Config, arguments: list[str], stop: asyncio.Event) -> int:
+async def _supervise(config: Config, arguments: list[str], names: Sequence[str], environments: Sequence[Mapping[str, str]], stop: asyncio.Event) -> int:
     supervisor = Supervisor(lambda name, line: print(f"{name} | {line}", flush=True), grace=config.frontend.drain_timeout)
-    for copy in range(config.frontend.processes):
-        supervisor.start(Child(f"frontend-{copy}", arguments))
+    supervisor.forward_sighup()
+    for name, environment in zip(names, environments, strict=True):
+        supervisor.start(Child(name, arguments, environment=environment))
     waiting = [asyncio.create_task(stop.wait()), asyncio.create_task(supervisor.failed.wait())]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     await supervisor.stop()

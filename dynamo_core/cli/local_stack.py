@@ -17,6 +17,7 @@ from dynamo_core.config.schema import Config
 from dynamo_core.discovery.contract import Discovery
 from dynamo_core.errors import ConfigError, DynamoError, Problem, Unavailable
 from dynamo_core.frontend.servers.sockets import reserved_port
+from dynamo_core.frontend.siblings import meeting_place
 from dynamo_core.plugins import Plugins
 
 POLL = 0.1
@@ -53,14 +54,16 @@ class LocalStack:
             await held.enter_async_context(discovery)
             if settings.processes > 1 and not settings.port:
                 frontend.append(f"--port={held.enter_context(reserved_port(settings.host))}")
+            names = ["frontend"] if settings.processes == 1 else [f"frontend-{copy}" for copy in range(settings.processes)]
+            environments = held.enter_context(meeting_place(names))
             stack = cls(config, discovery, supervisor)
             try:
                 for index, worker in enumerate(config.workers):
                     for copy in range(worker.count):
                         name = f"{worker.name}-{copy}" if len(config.workers) == 1 else f"{worker.name}-{index}.{copy}"
                         supervisor.start(Child(name, ["worker", *shared, f"--index={index}"], rank=1))
-                for copy in range(settings.processes):
-                    supervisor.start(Child("frontend" if settings.processes == 1 else f"frontend-{copy}", frontend, rank=0))
+                for name, environment in zip(names, environments, strict=True):
+                    supervisor.start(Child(name, frontend, rank=0, environment=environment))
                 yield stack
             finally:
                 await supervisor.stop()

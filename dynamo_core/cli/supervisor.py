@@ -130,6 +130,18 @@ class Supervisor:
         self.lost = child
         self.failed.set()
 
+    def send(self, number: int, rank: int = 0) -> None:
+        """Give a signal to every child of this rank."""
+        for child in self.children:
+            if child.rank == rank and child.process is not None and child.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.process.send_signal(number)
+
+    def forward_sighup(self) -> None:
+        """From now on SIGHUP, which has a frontend read its file again, is for all frontends. One that has only just started may start anew for it."""
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):  # no such signal here, or not in this thread
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.send, signal.SIGHUP)
+
     async def stop(self) -> None:
         """End every child, frontends before workers, each within its drain time; what does not end is killed."""
         self._stopping = True

@@ -32,6 +32,8 @@ def up(
 async def _up(file: Path | None, overrides: tuple[str, ...], config: Config, plugins: Plugins, screen: Screen, quiet: bool, timeout: float,
               stop: asyncio.Event) -> int:
     async with LocalStack.open(file, overrides, config, plugins, screen.line) as stack:
+        if not sys.stdin.isatty():  # in a terminal SIGHUP means that it was closed
+            stack.supervisor.forward_sighup()
         stopping = asyncio.create_task(stop.wait())
         ready = asyncio.create_task(stack.wait_ready(screen.progress, timeout))
         await asyncio.wait((stopping, ready), return_when=asyncio.FIRST_COMPLETED)

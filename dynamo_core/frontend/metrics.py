@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from dynamo_core.frontend.exchange import Exchange
+from dynamo_core.frontend.siblings import Siblings
 
 PREFIX = "dynamo_frontend_"
 
@@ -92,6 +93,8 @@ class HttpMetrics:
     def __init__(self, registry: CollectorRegistry, *, tenant_labels: int = 100) -> None:
         """:param tenant_labels: so many tenants have a label of their own, whoever comes first; the others are `other`."""
         self.registry = registry
+        self.siblings: Siblings | None = None
+        """Whose numbers stand beside ours on `/metrics`."""
         labels = ["endpoint", "model", "request_type"]
         self.started = Counter(PREFIX + "requests_started", "Requests whose model is known and that are about to be routed", labels, registry=registry)
         self.requests = Counter(PREFIX + "requests", "Requests that ended", [*labels, "status", "error_type"], registry=registry)

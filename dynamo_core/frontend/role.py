@@ -18,6 +18,7 @@ from dynamo_core.config.schema import Config, Status
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.frontend.app import App, create_app
 from dynamo_core.frontend.metrics import HttpMetrics
+from dynamo_core.frontend.siblings import siblings
 from dynamo_core.observability import tracing
 from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.pipeline.holding import HoldingRoom
@@ -52,10 +53,13 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, 
         ):
             authenticator: Any = build(settings.authenticator, "authenticator", plugins) if settings.authenticator else None
             limiter: Any = build(settings.rate_limiter, "rate_limiter", plugins) if settings.rate_limiter else None
-            if isinstance(limiter, contextlib.AbstractAsyncContextManager):
+            if hasattr(limiter, "__aenter__"):
                 await entered.enter_async_context(limiter)
+            metrics = HttpMetrics(registry, tenant_labels=settings.tenant_labels)
+            if (beside := siblings(registry)) is not None:
+                metrics.siblings = await entered.enter_async_context(beside)
             app = create_app(
-                settings, catalog, metrics=HttpMetrics(registry, tenant_labels=settings.tenant_labels), authenticator=authenticator, limiter=limiter,
+                settings, catalog, metrics=metrics, authenticator=authenticator, limiter=limiter,
                 holding=holding, observers=finished_observers(plugins),
                 extra_routes=[route for use in settings.routes for route in build(use, "routes", plugins).routes(catalog)],
                 middleware=[Middleware(build(use, "middleware", plugins).wrap) for use in settings.middleware],

@@ -95,7 +95,8 @@ def _application(routes: Sequence[BaseRoute]) -> Starlette:
 
 async def _metrics(service: Service, request: Request) -> Response:
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(service.metrics.registry), headers={"content-type": content_type})
+    siblings = service.metrics.siblings
+    return Response(encode(service.metrics.registry if siblings is None else await siblings.together()), headers={"content-type": content_type})
 
 
 async def _dynamo_error(request: Request, error: Exception) -> Response:
