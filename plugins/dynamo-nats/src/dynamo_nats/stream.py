@@ -22,7 +22,12 @@ TIMEOUT = 2.0
 """Seconds after which a call to the servers counts as unanswered."""
 RETRY = 0.3
 """Seconds until what failed is tried again."""
+_SETTLING = 20.0
+"""Seconds that a cluster which is starting, or has just lost a member, gets."""
 _EXISTS_OTHERWISE = 10058
+_NO_PEERS = 10005
+"""Too few servers for the copies: for now, or for ever."""
+_UNAVAILABLE = 10008
 _BEAT = 1.0
 """Seconds of silence after which the server says that there is nothing."""
 _SILENCE = 3.0
@@ -40,12 +45,22 @@ class Stream:
         self._told = False
 
     async def check(self) -> StreamInfo:
-        """Make the stream unless it is there. :raises ConfigError: the servers do not keep streams."""
-        try:
-            return await self.ensure()
-        except (NatsError, TimeoutError) as e:
-            raise ConfigError(Problem(f"the stream {self.name} cannot be had from NATS: {e or 'no answer'}",
-                                      remedy="turn JetStream on in the servers, or lower `replicas`")) from e
+        """Make the stream unless it is there, with patience for a cluster that has yet to elect its leaders.
+
+        :raises ConfigError: the servers do not keep streams, or not so many copies. :raises ConnectionError: they do not answer.
+        """
+        end = asyncio.get_running_loop().time() + _SETTLING
+        while True:
+            try:
+                return await self.ensure()
+            except (NatsError, TimeoutError) as e:
+                late = asyncio.get_running_loop().time() > end
+                if late and _unanswered(e):
+                    raise ConnectionError(f"the stream {self.name} cannot be had from NATS within {_SETTLING:g} s: {e or 'no answer'}") from e
+                if late or not (_unanswered(e) or _placing(e)):
+                    raise ConfigError(Problem(f"the stream {self.name} cannot be had from NATS: {e}",
+                                              remedy="turn JetStream on in the servers, or lower `replicas`")) from e
+            await asyncio.sleep(RETRY)
 
     async def ensure(self) -> StreamInfo:
         """Make the stream unless it is there. :raises NatsError, TimeoutError: it cannot be had now."""
@@ -160,3 +175,11 @@ class Replay:
         self._expected += 1
         self._last = stored
         self._received(message, stored, int(tokens[-1]))
+
+
+def _unanswered(error: Exception) -> bool:
+    return isinstance(error, TimeoutError) or (isinstance(error, APIError) and error.err_code == _UNAVAILABLE)
+
+
+def _placing(error: Exception) -> bool:
+    return isinstance(error, APIError) and error.err_code == _NO_PEERS
