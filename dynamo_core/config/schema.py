@@ -218,7 +218,7 @@ class Queue:
     enabled: bool = True
     """Off: requests are sent at once, whatever a policy brings along."""
     prefill_tokens: int | None = attrs.field(default=None, validator=v.optional(v.ge(0)))
-    """A worker has room while the uncached prompt tokens that it was sent and has not prefilled are at most these."""
+    """A worker has room for a request while it has nothing to prefill, or with the request at most so many uncached prompt tokens."""
     prefill_share: float | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
     """The same, as a share of the tokens that its engine takes in one step (`max_batched_tokens` of its card)."""
     wait_for: str = attrs.field(default="any", validator=v.in_(["any", "best"]))

@@ -13,6 +13,7 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, Protocol
 
 import attrs
@@ -195,25 +196,24 @@ class RouterQueue:
         return weighed
 
     def _may_go(self, weighed: Weighed) -> bool | None:
-        """`None`: nobody at all has room, so that nobody else may go either."""
+        """`None`: nobody has room for the least of requests, so that nobody else may go either."""
         choice = weighed.choice
         if choice.worker is None:
             return False
         booked, most = weighed.columns.get(BOOKED_PREFILL_TOKENS), weighed.columns.get(MAX_BATCHED_TOKENS)
         if booked is None or most is None:
             return True
-        has_room = self._has_room
-        if self.settings.wait_for == "best":
-            row = weighed.workers.index(choice.worker)
-            if has_room(booked[row], most[row]):
+        prompt, overlaps = weighed.request.prompt_tokens, weighed.columns.get(OVERLAP_TOKENS)
+        for row in (weighed.workers.index(choice.worker),) if self.settings.wait_for == "best" else choice.candidates:
+            if self._has_room(booked[row], most[row], prompt - (0 if overlaps is None else int(overlaps[row]))):
                 return True
-        elif any(has_room(booked[row], most[row]) for row in choice.candidates):
-            return True
-        return False if any(map(has_room, booked, most)) else None
+        return False if any(map(self._has_room, booked, most, repeat(1))) else None
 
-    def _has_room(self, booked: int, most: int) -> bool:
+    def _has_room(self, booked: int, most: int, uncached: int) -> bool:
+        """Short requests may join what an engine can prefill in one pass; a long one gains nothing by waiting there."""
         limit, share = self.settings.prefill_tokens, self.settings.prefill_share
-        return (limit is None or booked <= limit) and (share is None or not most or booked <= share * most)
+        tokens = booked + uncached
+        return not booked or ((limit is None or tokens <= limit) and (share is None or not most or tokens <= share * most))
 
     def _in_order(self) -> Iterator[Ticket]:
         """Everybody, as fair shares and orders have it; a snapshot."""

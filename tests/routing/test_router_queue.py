@@ -211,6 +211,18 @@ def test_a_request_whose_worker_leaves_while_it_waits_is_told_so():
     assert isinstance(stuck.error, NoWorker)
 
 
+def test_short_requests_join_a_prefill_and_long_ones_wait_for_its_end():
+    site = Site(prefill_tokens=1000)
+    first = site.submit("first", tokens=700)
+    assert site.submit("long", tokens=5000).waiting
+    assert site.submit("short", tokens=200).decision is not None
+    assert site.submit("too much", tokens=200).waiting
+    site.prefilled(first)
+    assert site.went == ["first", "short", "too much"]  # 400 tokens are left
+    site = Site(prefill_tokens=1000)
+    assert site.submit("long", tokens=5000).decision is not None  # who is idle takes anything
+
+
 def test_waiting_for_the_best_worker_leaves_room_elsewhere_unused():
     for wait_for, goes in (("any", True), ("best", False)):
         site = Site(workers=2, wait_for=wait_for)
