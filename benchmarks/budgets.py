@@ -62,11 +62,11 @@ class Limit:
 
 
 RATIOS = (
-    Ratio("paced chat, CPU per token", "paced", per_token, "us", {"hypercorn": 0.55, "granian": 0.3}),
-    Ratio("chat flat out, CPU per request", "chat", per_request, "us", {"hypercorn": 0.8, "granian": 0.5}),
-    Ratio("short, CPU per request", "short", per_request, "us", {"hypercorn": 0.8, "granian": 0.45}),
-    Ratio("long, CPU per request", "long", per_request, "us", {"hypercorn": 0.6, "granian": 0.6}),
-    Ratio("added time to first token, one at a time", "single", first_token, "ms", {"hypercorn": 1.0, "granian": 1.0}),
+    Ratio("paced chat, CPU per token", "paced", per_token, "us", {"hypercorn": 0.55, "uvicorn": 0.3}),
+    Ratio("chat flat out, CPU per request", "chat", per_request, "us", {"hypercorn": 0.8, "uvicorn": 0.5}),
+    Ratio("short, CPU per request", "short", per_request, "us", {"hypercorn": 0.8, "uvicorn": 0.45}),
+    Ratio("long, CPU per request", "long", per_request, "us", {"hypercorn": 0.6, "uvicorn": 0.6}),
+    Ratio("added time to first token, one at a time", "single", first_token, "ms", {"hypercorn": 1.0, "uvicorn": 1.0}),
 )
 LIMITS = (
     Limit("overload, errors", "overload", errors, "", 0),

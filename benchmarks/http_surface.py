@@ -114,14 +114,14 @@ def serve(which: str, kind: str, paced: bool, merge: int, pipe: Any) -> None:
     from dynamo_core.config.schema import Frontend
     from dynamo_core.frontend.app import create_app
     from dynamo_core.frontend.metrics import HttpMetrics
-    from dynamo_core.frontend.servers.granian import GranianServer
+    from dynamo_core.frontend.servers.uvicorn import UvicornServer
     from dynamo_core.frontend.servers.hypercorn import HypercornServer
 
     async def main() -> None:
         clock = Clock()
         ticking = asyncio.create_task(clock.run())
         app = floor(clock, paced, merge) if kind == "floor" else create_app(Frontend(), catalog(clock, paced, merge), metrics=HttpMetrics(CollectorRegistry()))
-        server = {"hypercorn": HypercornServer, "granian": GranianServer}[which]()
+        server = {"hypercorn": HypercornServer, "uvicorn": UvicornServer}[which]()
         await server.serve(app, host="127.0.0.1", port=0, tls=None, stop=asyncio.Event(), on_listening=pipe.send, drain_timeout=1)
         ticking.cancel()
 
@@ -202,7 +202,7 @@ def main() -> None:
     options = parser.parse_args()
     print("| server | scenario | floor us/request | us/event | ours us/request | us/event | added per event |")
     print("|---|---|---|---|---|---|---|")
-    for which in ("hypercorn", "granian"):
+    for which in ("hypercorn", "uvicorn"):
         for name, paced, merge, tokens in (
             ("paced, 1 token an event", True, 1, TOKENS),
             ("flat, 8 tokens an event", False, 8, TOKENS),

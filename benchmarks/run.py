@@ -1,6 +1,6 @@
 """Measure this system, and its peer where one is installed; write benchmarks/results.json and docs/performance.md.
 
-    python -m benchmarks.run [--targets hypercorn,granian,dynamo,direct] [--scenarios short,paced] [--repeats 3] [--quick] [--micro]
+    python -m benchmarks.run [--targets hypercorn,uvicorn,dynamo,direct] [--scenarios short,paced] [--repeats 3] [--quick] [--micro]
 
 A run of fewer targets or scenarios, or a quick one, prints its page and replaces neither file.
 """

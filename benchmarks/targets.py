@@ -88,14 +88,14 @@ def _direct(work: Path, model: Path, paced: bool, port: int) -> list[Command]:
     return [Command("frontend", [sys.executable, "-m", "benchmarks.backend", str(port), str(PACE_MS / 1000 if paced else 0)])]
 
 
-TITLES = {"hypercorn": "ours, hypercorn", "granian": "ours, granian", "dynamo": "ai-dynamo 1.6.1", "direct": "floor of the harness"}
-OURS = ("hypercorn", "granian")
+TITLES = {"hypercorn": "ours, hypercorn", "uvicorn": "ours, uvicorn", "dynamo": "ai-dynamo 1.6.1", "direct": "floor of the harness"}
+OURS = ("hypercorn", "uvicorn")
 PEER = "dynamo"
 
 
 def available(peers: Path | None) -> dict[str, Target]:
     """By name; `dynamo` only when its environment is there."""
-    targets: dict[str, Target] = {"hypercorn": _ours("hypercorn"), "granian": _ours("granian"), "direct": _direct}
+    targets: dict[str, Target] = {"hypercorn": _ours("hypercorn"), "uvicorn": _ours("uvicorn"), "direct": _direct}
     if peers is not None and (python := peers / "dyn/bin/python").exists():
         targets[PEER] = _peer(python.absolute())
     return targets

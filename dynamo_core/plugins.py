@@ -66,7 +66,7 @@ KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("pool_strategy", "predicted"): "dynamo-global-router",
     ("policy", "kv-plus"): "dynamo-kv-router",
     ("scorer", "kv-overlap"): "dynamo-kv-router",
-    ("http_server", "granian"): "dynamo-core[granian]",
+    ("http_server", "uvicorn"): "dynamo-core[uvicorn]",
     ("planner", "standard"): "dynamo-planner",
 }
 """Components of distributions that may not be installed, so that the error can say what to install."""

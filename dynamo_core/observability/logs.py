@@ -12,7 +12,7 @@ import structlog
 
 from dynamo_core.config.schema import Secret
 
-_QUIET = ("hypercorn", "httpx", "httpcore", "asyncio", "_granian")
+_QUIET = ("hypercorn", "httpx", "httpcore", "asyncio", "uvicorn")
 
 
 _CONTAINERS = (Secret, dict, list, tuple)

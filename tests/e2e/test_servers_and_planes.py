@@ -54,7 +54,7 @@ def check(client: httpx.Client) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["hypercorn", "granian"])
+@pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
 def test_each_server_with_two_processes(up, fleet: Authority, server: str, secure: bool) -> None:
     tls = f'tls = {{ cert = "{fleet.server[0]}", key = "{fleet.server[1]}" }}\n' if secure else ""
@@ -76,7 +76,7 @@ def test_each_server_with_two_processes(up, fleet: Authority, server: str, secur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["hypercorn", "granian"])
+@pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
 def test_a_frontend_that_wants_client_certificates_takes_no_stranger(up, fleet: Authority, server: str) -> None:
     stack = up(f"""
 [frontend]

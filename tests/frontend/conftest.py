@@ -21,10 +21,10 @@ from fake_catalog import FakeCatalog, FakeModel
 from dynamo_core.config.schema import Frontend
 from dynamo_core.frontend.app import App, create_app
 from dynamo_core.frontend.metrics import HttpMetrics
-from dynamo_core.frontend.servers.granian import GranianServer
 from dynamo_core.frontend.servers.hypercorn import HypercornServer
+from dynamo_core.frontend.servers.uvicorn import UvicornServer
 
-SERVERS = {"hypercorn": HypercornServer, "granian": GranianServer}
+SERVERS = {"hypercorn": HypercornServer, "uvicorn": UvicornServer}
 
 
 @attrs.define

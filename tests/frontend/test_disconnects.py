@@ -95,11 +95,12 @@ async def test_a_server_that_cancels_the_request_cancels_the_generation(http2):
     assert app.in_progress == 0
 
 
-async def test_resetting_one_http2_stream_cancels_its_generation_and_no_other(each):
-    each.model.script = [Delta(text="a", token_ids=[1]), asyncio.Event()]
+async def test_resetting_one_http2_stream_cancels_its_generation_and_no_other(site):
+    """Only hypercorn speaks HTTP/2."""
+    site.model.script = [Delta(text="a", token_ids=[1]), asyncio.Event()]
     connection = h2.connection.H2Connection()
     connection.initiate_connection()
-    reader, writer = await asyncio.open_connection("127.0.0.1", each.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
     head = [(":method", "POST"), (":path", "/v1/chat/completions"), (":scheme", "http"), (":authority", "x")]
     for stream_id in (1, 3):
         connection.send_headers(stream_id, head)
@@ -113,12 +114,12 @@ async def test_resetting_one_http2_stream_cancels_its_generation_and_no_other(ea
             writer.write(connection.data_to_send())
         connection.reset_stream(3)
         writer.write(connection.data_to_send())
-        while not any(generation.cancelled for generation in each.model.generations):
+        while not any(generation.cancelled for generation in site.model.generations):
             await asyncio.sleep(0.005)
-    assert sorted(str(generation.cancelled) for generation in each.model.generations) == ["None", "client disconnected"]
-    assert each.app.in_progress == 1
+    assert sorted(str(generation.cancelled) for generation in site.model.generations) == ["None", "client disconnected"]
+    assert site.app.in_progress == 1
     writer.close()
-    await each.settled()
+    await site.settled()
 
 
 async def test_a_reader_that_does_not_read_stops_the_generation_from_being_read(each):

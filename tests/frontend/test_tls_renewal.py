@@ -9,16 +9,17 @@ import time
 
 import httpx
 import pytest
+from conftest import SERVERS
 from prometheus_client import CollectorRegistry
 
 from dynamo_core.config.schema import Frontend, Tls
 from dynamo_core.frontend.app import create_app
 from dynamo_core.frontend.metrics import HttpMetrics
-from dynamo_core.frontend.servers.hypercorn import HypercornServer
 from dynamo_core.testing.servers import Authority
 
 
-async def test_renewed_certificates_are_served_without_a_restart(tmp_path):
+@pytest.mark.parametrize("http_server", SERVERS.values())
+async def test_renewed_certificates_are_served_without_a_restart(http_server, tmp_path):
     from fake_catalog import FakeCatalog, FakeModel
 
     first, second = Authority(tmp_path, "first"), Authority(tmp_path, "second")
@@ -36,7 +37,7 @@ async def test_renewed_certificates_are_served_without_a_restart(tmp_path):
     stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
     app = create_app(Frontend(), FakeCatalog(FakeModel("m")), metrics=HttpMetrics(CollectorRegistry()))
     server = asyncio.create_task(
-        HypercornServer().serve(app, host="127.0.0.1", port=0, tls=Tls(cert, key), stop=stop, on_listening=port.set_result, drain_timeout=1.0)
+        http_server().serve(app, host="127.0.0.1", port=0, tls=Tls(cert, key), stop=stop, on_listening=port.set_result, drain_timeout=1.0)
     )
     url = f"https://127.0.0.1:{await port}/live"
 

@@ -16,6 +16,8 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from starlette.types import Message, Send
 
+from dynamo_core.frontend.servers.turns import Turn
+
 _WAITING = 32 * 1024
 """Bytes that the socket has not taken, from which on the sender asks whether it must wait. Below asyncio's high-water mark, where it must."""
 
@@ -29,19 +31,20 @@ def chunked(scope: Any, send: Send) -> Send:
     server = getattr(getattr(protocol, "send", None), "__self__", None)
     if not isinstance(protocol, H11Protocol) or not isinstance(server, TCPServer):
         return send
-    return _Answer(stream, protocol, server, send)
+    return _Answer(stream, protocol, server, send, Turn.here())
 
 
 class _Answer:
-    __slots__ = ("_chunked", "_out", "_post", "_protocol", "_send", "_stream", "_transport", "_writer")
+    __slots__ = ("_chunked", "_out", "_post", "_protocol", "_send", "_stream", "_transport", "_turn", "_writer")
 
-    def __init__(self, stream: HTTPStream, protocol: H11Protocol, server: TCPServer, send: Send) -> None:
+    def __init__(self, stream: HTTPStream, protocol: H11Protocol, server: TCPServer, send: Send, turn: Turn) -> None:
         self._stream = stream
         self._protocol = protocol
         self._post = server.protocol_send
         self._writer = server.writer
         self._transport = server.writer.transport
         self._send = send
+        self._turn = turn
         self._chunked = False
         self._out: list[bytes] = []
         """Collected, and not yet written."""
@@ -58,9 +61,9 @@ class _Answer:
         if kind == "http.response.start":
             # Without a length, h11 frames the body of a 1.1 response in chunks.
             self._chunked = message["status"] == 200 and not any(name == b"content-length" for name, _ in message.get("headers", ()))
-            asyncio.get_running_loop().call_soon(self._write)  # a body that is late does not hold the head back
+            asyncio.get_running_loop().call_soon(self.flush)  # a body that is late does not hold the head back
             return
-        self._write()
+        self.flush()
         if self._transport.get_write_buffer_size() > _WAITING:
             try:
                 await self._writer.drain()
@@ -71,12 +74,9 @@ class _Answer:
         return self._chunked and not self._stream.closed and self._transport.get_write_buffer_size() <= _WAITING
 
     def write(self, body: bytes) -> None:
-        data = b"%x\r\n%b\r\n" % (len(body), body)
-        if self._out:
-            self._out.append(data)
-            self._write()
-        elif not self._transport.is_closing():
-            self._transport.write(data)
+        if not self._out:
+            self._turn.add(self.flush)
+        self._out.append(b"%x\r\n%b\r\n" % (len(body), body))
 
     async def _collected(self, message: Message) -> None:
         """The whole way through hypercorn, with its writes collected."""
@@ -90,12 +90,12 @@ class _Answer:
         if isinstance(event, RawData):
             self._out.append(event.data)
         else:
-            self._write()
+            self.flush()
             await self._post(event)
 
-    def _write(self) -> None:
-        if self._out:
-            data = b"".join(self._out)
-            self._out.clear()
+    def flush(self) -> None:
+        if out := self._out:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
             if not self._transport.is_closing():
                 self._transport.write(data)
