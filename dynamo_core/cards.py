@@ -43,6 +43,18 @@ class Handover(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What both sides must agree on, by name (`tensor_parallel`, `kv_layout`); what only one of them names is not compared."""
 
 
+class Pooling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Of a model that answers with a vector: what the vector means."""
+
+    labels: tuple[str, ...] = ()
+    """Of a classifier, one for each place of the vector."""
+    score: Literal["cosine", "pair", "joined"] | None = None
+    """How two texts get a score. `cosine`: the angle between their vectors. `pair`: the vector of both, in the tokenizer's form for pairs.
+    `joined`: the vector of both, one after the other. `None`: they get none."""
+    segments: bool = False
+    """With `pair`: the model is told where the second text begins."""
+
+
 class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What an engine says about the model that it serves."""
 
@@ -52,7 +64,9 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     needs: tuple[tuple[Role, ...], ...] = ()
     """Alternatives, each a set of roles that must be present besides this one. Empty: needs nobody."""
     surfaces: tuple[str, ...] = ("chat", "completions")
-    """Which API families the model answers: `chat`, `completions`, `embeddings`, ..."""
+    """Which API families the model answers: `chat`, `completions`, `embeddings`, `classify`, `score`, ..."""
+    pooling: Pooling | None = None
+    """Of a model that answers with vectors."""
     context_length: int = 8192
     """Prompt plus output, in tokens."""
     vocab_size: int | None = None

@@ -93,6 +93,10 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     media: list[dict[str, Any]] | None = None
     extra: dict[str, Any] = {}
     """Engine-specific options by engine name."""
+    activation: bool | None = None
+    """Of a classifier: whether its logits become probabilities. `None`: as the model has it."""
+    second_text: int | None = None
+    """Where the second of two texts begins, for models that tell them apart."""
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, gc=False):

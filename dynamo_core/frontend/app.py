@@ -17,12 +17,16 @@ from dynamo_core.frontend.endpoint import Endpoint
 from dynamo_core.frontend.exchange import request_id
 from dynamo_core.frontend.failure import Failure
 from dynamo_core.frontend.metrics import HttpMetrics
+from dynamo_core.frontend.pooling import Classify, Rerank, Score
 from dynamo_core.frontend.respond import respond
 from dynamo_core.frontend.service import FinishedObserver, Service
 from dynamo_core.frontend.site import admin_site, site
 from dynamo_core.pipeline.contract import Catalog, Holding
 
-COMPLETION_PATHS = {"/v1/chat/completions": Chat, "/v1/completions": Completions, "/v1/embeddings": Embeddings}
+COMPLETION_PATHS = {
+    "/v1/chat/completions": Chat, "/v1/completions": Completions, "/v1/embeddings": Embeddings,
+    "/v1/classify": Classify, "/v1/score": Score, "/v1/rerank": Rerank,
+}  # fmt: skip
 
 
 def create_app(

@@ -10,7 +10,7 @@ import msgspec
 from dynamo_core.cards import ModelCard
 from dynamo_core.errors import RequestError
 from dynamo_core.frontend.exchange import Exchange
-from dynamo_core.frontend.fields import Body, EmbeddingBody, Extension
+from dynamo_core.frontend.fields import Body, EmbeddingBody, Extension, PoolingBody
 from dynamo_core.frontend.parse import check_nesting
 from dynamo_core.preprocess.limits import check_token_ids, fit
 from dynamo_core.types import Guided, Hints, Request, Sampling, Stops, TextOptions
@@ -52,7 +52,7 @@ class Wanted:
         )
 
 
-def extension(body: Body | EmbeddingBody) -> Extension:
+def extension(body: Body | EmbeddingBody | PoolingBody) -> Extension:
     if body.dynamo is not None and body.nvext is not None:
         raise RequestError("`dynamo` and `nvext` are two names of one object; send one of them", param="nvext")
     return body.dynamo or body.nvext or _NO_EXTENSION
@@ -174,7 +174,7 @@ def _schema(given: dict[str, Any] | str) -> dict[str, Any]:
     return given
 
 
-def hints(body: Body | EmbeddingBody, ext: Extension, exchange: Exchange, *, direct_routing: bool) -> Hints:
+def hints(body: Body | EmbeddingBody | PoolingBody, ext: Extension, exchange: Exchange, *, direct_routing: bool) -> Hints:
     instance = exchange.instance if exchange.instance is not None else ext.instance
     if not direct_routing and (instance, ext.prefill_instance, ext.dp_rank) != (None, None, None):
         raise RequestError("direct routing is turned off on this server (frontend.direct_routing)", param="dynamo.instance")

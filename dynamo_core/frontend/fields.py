@@ -160,6 +160,54 @@ class EmbeddingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     user: str | None = None
 
 
+Texts = str | Annotated[list[str], Meta(min_length=1, max_length=2048)]
+
+
+class PoolingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the families of classifiers have in common."""
+
+    stream: ClassVar[None] = None
+    stream_options: ClassVar[None] = None
+
+    model: Name
+    use_activation: bool | None = None
+    """Off: logits instead of probabilities."""
+    cache_salt: Name | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
+    dynamo: Extension | None = None
+    nvext: Extension | None = None
+    user: str | None = None
+
+
+class ClassifyBody(PoolingBody, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/classify`."""
+
+    input: str | list[str | TokenId | list[TokenId]]
+
+
+class ScoreBody(PoolingBody, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/score`: one pair of fields, under any of its names."""
+
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
+    data_1: Texts | None = None
+    data_2: Texts | None = None
+
+
+class RerankBody(PoolingBody, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/rerank`."""
+
+    query: str
+    documents: Texts
+    top_n: Unsigned = 0
+    """Only the best so many; 0 is all."""
+    return_documents: bool | None = None
+    """Off: without their texts."""
+
+
 class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/completions`."""
 

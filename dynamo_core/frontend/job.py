@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -11,7 +11,7 @@ import msgspec
 from dynamo_core.frontend.answers import Answer
 from dynamo_core.frontend.chunks import Chunks
 from dynamo_core.frontend.exchange import Exchange
-from dynamo_core.frontend.fields import Annotation, Body, EmbeddingBody
+from dynamo_core.frontend.fields import Annotation, Body, EmbeddingBody, PoolingBody
 from dynamo_core.pipeline.contract import Generation, Model
 from dynamo_core.types import Delta, Request, TextOptions
 
@@ -20,7 +20,7 @@ from dynamo_core.types import Delta, Request, TextOptions
 class Job:
     id: str
     """Of the answer: `chatcmpl-...` or `cmpl-...`."""
-    body: Body | EmbeddingBody
+    body: Body | EmbeddingBody | PoolingBody
     model: Model
     requests: list[Request]
     """One, or one for each prompt of a plain completion."""
@@ -31,7 +31,8 @@ class Job:
     annotations: Sequence[Annotation]
     dry_run: bool
     chunks: type[Chunks]
-    answer: type[Answer]
+    answer: Callable[[int, Sequence[str]], Answer]
+    """Made from the number of choices and what stands before their first text."""
     kept_ids: list[list[int]] = attrs.field(factory=list)
     """Generated token ids by choice, for the annotation `token_ids`."""
 

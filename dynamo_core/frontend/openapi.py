@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from dynamo_core import __version__
-from dynamo_core.frontend.fields import ChatBody, CompletionBody, EmbeddingBody
+from dynamo_core.frontend.fields import ChatBody, ClassifyBody, CompletionBody, EmbeddingBody, RerankBody, ScoreBody
 from dynamo_core.frontend.replies import reply
 from dynamo_core.frontend.service import Service
 
@@ -29,6 +29,9 @@ _POST: dict[str, tuple[str, type[msgspec.Struct]]] = {
     "/v1/chat/completions": ("Chat completion, streamed or whole", ChatBody),
     "/v1/completions": ("Plain completion, streamed or whole", CompletionBody),
     "/v1/embeddings": ("One vector for each input", EmbeddingBody),
+    "/v1/classify": ("One class for each input", ClassifyBody),
+    "/v1/score": ("How well texts go together, pair by pair", ScoreBody),
+    "/v1/rerank": ("Documents, the best for a query first", RerankBody),
 }
 
 

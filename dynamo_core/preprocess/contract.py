@@ -48,3 +48,12 @@ class Preprocessor(Protocol):
         ...
 
     def logprob(self, token_id: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> LogprobText: ...
+
+
+@runtime_checkable
+class EncodesPairs(Protocol):
+    """A preprocessor that knows its tokenizer's form for two texts. Optional: models that score pairs need it."""
+
+    async def encode_pair(self, text: str, second: str) -> tuple[list[int], int | None]:
+        """Both texts as one prompt, and where the second begins where the tokenizer tells them apart."""
+        ...

@@ -64,6 +64,15 @@ class TextPreprocessor:
             raise PromptTooLong(f"this model's context length is {limit} tokens, too short for any prompt of {len(text):,} characters", param="prompt")
         return await self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    async def encode_pair(self, text: str, second: str) -> tuple[list[int], int | None]:
+        """Two texts in the tokenizer's own form for pairs, and where the second begins, where it tells them apart.
+
+        :raises PromptTooLong: no tokenization of so long texts could fit, so none is tried.
+        """
+        if self._most_characters is not None and len(text) + len(second) > self._most_characters:
+            raise PromptTooLong(f"this model's context length is {self.card.context_length} tokens, too short for any such pair of texts", param="documents")
+        return await asyncio.get_running_loop().run_in_executor(threads, self._tokenizer.encode_pair, text, second)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 

@@ -98,6 +98,11 @@ class TextTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self.reference.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def encode_pair(self, text: str, second: str) -> tuple[list[int], int | None]:
+        """Two texts as the tokenizer's post-processor joins them, and where the second begins, if it marks that."""
+        encoding = self.reference.encode_batch_fast([(text, second)], add_special_tokens=True)[0]
+        return encoding.ids, encoding.type_ids.index(1) if 1 in encoding.type_ids else None
+
     def _encode_reference(self, texts: list[str]) -> list[list[int]]:
         # `encode` would hold the interpreter lock all the while, in whatever thread it runs; this lets it go.
         return [encoding.ids for encoding in self.reference.encode_batch_fast(texts, add_special_tokens=False)]

@@ -42,7 +42,7 @@ async def vector(cluster: Cluster, prompt: list[int]) -> list[float]:
 
 async def test_a_pooling_model_offers_vectors_and_nothing_else(cluster: Cluster) -> None:
     card = cluster.model.card
-    assert (card.surfaces, card.capabilities, card.kv_events) == (("embeddings",), ("embeddings",), False)
+    assert (card.surfaces, card.capabilities, card.kv_events) == (("embeddings", "score"), ("embeddings",), False)
 
 
 async def test_vectors_have_length_one_and_differ_by_input_and_not_by_company(cluster: Cluster) -> None:

@@ -42,8 +42,39 @@ def make(directory: Path) -> Path:
     return directory
 
 
-def _tokenizer(directory: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def make_classifier(directory: Path, labels: tuple[str, ...] = ("good", "bad", "neither"), seed: int = 13) -> Path:
+    """The Llama with a head for classes instead of words. With one label it scores: "llm as reranker"."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    make(directory)
+    tensors = load_file(str(directory / "model.safetensors"))
+    del tensors["lm_head.weight"]
+    tensors["score.weight"] = np.random.default_rng(seed).normal(0, 0.3, (len(labels), WIDTH)).astype(np.float32)
+    save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": len(labels), "use_sep_token": False,
+               "id2label": {str(i): label for i, label in enumerate(labels)}, "label2id": {label: i for i, label in enumerate(labels)}}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return directory
+
+
+def make_cross_encoder(directory: Path) -> Path:
+    """A BERT that scores pairs of texts, which it tells apart by segments."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    directory.mkdir(parents=True, exist_ok=True)
+    _tokenizer(directory, pairs=True)
+    torch.manual_seed(17)
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=INNER,
+                        max_position_embeddings=512, num_labels=1, initializer_range=0.3, pad_token_id=0)  # fmt: skip
+    BertForSequenceClassification(config).float().save_pretrained(directory)
+    return directory
+
+
+def _tokenizer(directory: Path, *, pairs: bool = False) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,9 +82,14 @@ def _tokenizer(directory: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    if pairs:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|user|> $A <|end|>", pair="<|user|> $A <|end|> $B:1 <|end|>:1", special_tokens=[("<|user|>", 1), ("<|end|>", 0)])
     tokenizer.save(str(directory / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|end|>", "chat_template": TEMPLATE,
              "clean_up_tokenization_spaces": False, "model_max_length": CONTEXT}  # fmt: skip
+    if pairs:
+        about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
 
 

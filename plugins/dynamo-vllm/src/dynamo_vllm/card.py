@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from dynamo_core.cards import Artifact, ModelCard, Role
+from dynamo_core.cards import Artifact, ModelCard, Pooling, Role
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.types import Sampling
 from dynamo_vllm import vllm_api
@@ -32,10 +32,11 @@ def tokenizer_json(engine: Any) -> bytes:
     return backend.to_str().encode()
 
 
-def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora: bool, role: str) -> ModelCard:
+def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora: bool, role: str, task: str | None) -> ModelCard:
+    """:param task: of a pooling model, as vLLM calls it. :raises ConfigError: nobody could ask for it."""
     config, tok = engine.vllm_config, engine.get_tokenizer()
     model, cache, scheduler, parallel = config.model_config, config.cache_config, config.scheduler_config, config.parallel_config
-    embeds = model.runner_type == "pooling"
+    pooling = None if task is None else _pooling(model, task, tok)
     template = _template(tok)
     defaults: dict[str, Any] = model.get_diff_sampling_param()
     generates = ("chat", "completions") if template else ("completions",)
@@ -43,7 +44,8 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         name=name_of(model.model),
         role=cast("Role", role),
         needs=(("prefill",),) if role == "decode" else (("decode",),) if role == "prefill" else (),
-        surfaces=("embeddings",) if embeds else generates,
+        surfaces=generates if pooling is None else (*_POOLS[task or ""], *(("score",) if pooling.score else ())),
+        pooling=pooling,
         context_length=model.max_model_len,
         vocab_size=model.get_vocab_size(),
         eos_token_ids=_ends(model, tok),
@@ -59,9 +61,25 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         max_batched_tokens=scheduler.max_num_batched_tokens,
         dp_size=parallel.data_parallel_size,
         kv_events=kv_events,
-        capabilities=("embeddings",) if embeds else _capabilities(vllm, lora=lora),
+        capabilities=_capabilities(vllm, lora=lora) if pooling is None else _POOLS[task or ""],
         engine=f"vLLM {vllm.version}{' on CPU' if vllm.on_cpu else ''}",
     )
+
+
+_POOLS = {"embed": ("embeddings",), "classify": ("classify",)}
+"""What clients can ask of a pooling model, by vLLM's task."""
+
+
+def _pooling(model: Any, task: str, tokenizer: Any) -> Pooling:
+    if task == "embed":
+        return Pooling(score="cosine")
+    if task != "classify":
+        raise ConfigError(Problem(f"the model {model.model} answers with {task!r}, for which there is no API here",
+                                  remedy="vectors and classes are served: choose one by args.pooler_config = { task = ... }, if the model has it"))  # fmt: skip
+    labels: dict[int, str] = getattr(model.hf_config, "id2label", None) or {}
+    count: int = getattr(model.hf_config, "num_labels", 0)
+    score = None if count != 1 else "pair" if model.use_sep_token else "joined"
+    return Pooling(labels=tuple(labels[i] for i in sorted(labels)), score=score, segments="token_type_ids" in tokenizer.model_input_names)
 
 
 def _capabilities(vllm: Vllm, *, lora: bool) -> tuple[str, ...]:

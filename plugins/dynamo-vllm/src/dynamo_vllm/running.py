@@ -65,12 +65,12 @@ class Running:
     async def generate(self, request: Request, context: Context) -> AsyncGenerator[Output, None]:
         if self._asleep:
             raise WorkerDraining("this engine sleeps")
-        embeds = "embeddings" in self.card.surfaces
-        limit = 0 if embeds else admit(request, self.card)
+        pools = self.card.pooling is not None
+        limit = 0 if pools else admit(request, self.card)
         self._streams += 1
         self._quiet.clear()
         try:
-            async with aclosing(self._embed(request) if embeds else self._generate(request, limit)) as outputs:
+            async with aclosing(self._pool(request) if pools else self._generate(request, limit)) as outputs:
                 async for output in outputs:
                     yield output
         except Exception as e:
@@ -95,11 +95,13 @@ class Running:
                 for output in reader.read(step):
                     yield output
 
-    async def _embed(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def _pool(self, request: Request) -> AsyncGenerator[Output, None]:
         if not request.token_ids:
             raise RequestError("the input has no tokens", param="input")
         prompt = vllm_api.tokens_prompt(request.token_ids, request.cache_salt)
-        params = self._vllm.PoolingParams(task="embed")
+        task = "embed" if "embeddings" in self.card.surfaces else "classify"
+        activation = request.activation if task == "classify" else None
+        params = vllm_api.pooling_params(self._vllm, task, activation, request.second_text)
         async with aclosing(self._engine.encode(prompt, params, f"{request.id}-{next(_serial)}", priority=-request.hints.priority)) as steps:
             async for step in steps:
                 yield Output([], finish_reason="stop", embedding=step.outputs.data.float().tolist())
@@ -152,7 +154,7 @@ class Running:
         stops = Stops(max_tokens=1, ignore_eos=True)
         request = Request(id="canary", model="", token_ids=prompt, cache_salt=_SALT, sampling=Sampling(temperature=0.0), stops=stops)
         try:
-            async with aclosing(self._embed(request) if "embeddings" in self.card.surfaces else self._one_token(request, rank)) as outputs:
+            async with aclosing(self._pool(request) if self.card.pooling is not None else self._one_token(request, rank)) as outputs:
                 async for _ in outputs:
                     pass
         except Exception as e:

@@ -39,6 +39,8 @@ _NEEDS: Mapping[str, Sequence[str]] = {
     "StatLoggerBase.record": ("scheduler_stats", "iteration_stats", "engine_idx"),
     "KVEventsConfig": ("endpoint", "replay_endpoint", "topic"),
     "LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
+    "AsyncLLM.get_supported_tasks": (),
+    "PoolingParams": ("task", "use_activation", "extra_kwargs"),
     "SamplingParams": ("structured_outputs", "output_kind", "detokenize", "min_p", "min_tokens", "logit_bias", "extra_args"),
     "StructuredOutputsParams": ("json", "regex", "choice", "grammar", "json_object"),
 }
@@ -251,6 +253,18 @@ def tokens_prompt(token_ids: list[int], cache_salt: str | None) -> dict[str, Any
     if cache_salt is not None:
         prompt["cache_salt"] = cache_salt
     return prompt
+
+
+async def pooling_task(engine: Any) -> str | None:
+    """What a pooling model does; `None` for one that generates."""
+    config = engine.vllm_config.model_config
+    return config.get_pooling_task(await engine.get_supported_tasks()) if config.runner_type == "pooling" else None
+
+
+def pooling_params(vllm: Vllm, task: str, activation: bool | None, second_text: int | None) -> Any:
+    """:param second_text: where the second of two texts begins; vLLM passes it to models that have segments."""
+    extra = None if second_text is None else {"compressed_token_type_ids": second_text}
+    return vllm.PoolingParams(task=task, use_activation=activation, extra_kwargs=extra)
 
 
 def end_streams(engine: Any, error: Exception) -> None:
