@@ -74,17 +74,22 @@ class PreprocessorContract:
     # ------------------------------------------------------------------ tokens
 
     async def test_p2_the_event_loop_goes_on_while_a_long_text_is_tokenized(self, preprocessor: Preprocessor) -> None:
-        dice = random.Random(1)
-        text = " ".join(f"{dice.randrange(10**9):x}" for _ in range(self.long_text // 8))
-        work = asyncio.create_task(preprocessor.encode(text, add_special_tokens=False))
-        worst, start = 0.0, time.perf_counter()
-        while not work.done():
-            before = time.perf_counter()
-            await asyncio.sleep(0.001)
-            worst = max(worst, time.perf_counter() - before)
-        took = time.perf_counter() - start
-        assert preprocessor.decode(await work) == text
-        assert worst < max(self.longest_stall, took / 2), f"the event loop stood still for {worst:.2f} of {took:.2f} s"
+        stalls: list[str] = []
+        for attempt in range(5):  # who blocks the loop does so every time; a busy machine may take its core away now and then
+            dice = random.Random(attempt)
+            text = " ".join(f"{dice.randrange(10**9):x}" for _ in range(self.long_text // 8))
+            work = asyncio.create_task(preprocessor.encode(text, add_special_tokens=False))
+            worst, start = 0.0, time.perf_counter()
+            while not work.done():
+                before = time.perf_counter()
+                await asyncio.sleep(0.001)
+                worst = max(worst, time.perf_counter() - before)
+            took = time.perf_counter() - start
+            assert preprocessor.decode(await work) == text
+            if worst < max(self.longest_stall, took / 2):
+                return
+            stalls.append(f"{worst:.2f} of {took:.2f} s")
+        pytest.fail(f"the event loop stood still for {', '.join(stalls)}")
 
     async def test_p2_tokens_do_not_depend_on_what_was_tokenized_before(self, preprocessor: Preprocessor) -> None:
         first = [await preprocessor.encode(text * 3, add_special_tokens=False) for text in TEXTS]
