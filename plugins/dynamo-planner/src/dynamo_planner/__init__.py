@@ -7,8 +7,10 @@ from dynamo_core.plugins import Registry
 @hookimpl
 def dynamo_register(registry: Registry) -> None:
     registry.add("planner", "standard", "dynamo_planner.config:Planner", summary="predict, propose, reconcile, constrain; every stage by name")
+    registry.add("planner", "global", "dynamo_planner.sharing.server:GlobalPlanner", summary="one GPU budget over several planners")
     registry.add("connector", "local", "dynamo_planner.connectors.local:LocalConnector", summary="workers as processes of this machine")
     registry.add("connector", "virtual", "dynamo_planner.connectors.virtual:VirtualConnector", summary="decisions in the discovery store, for somebody else")
+    registry.add("connector", "global", "dynamo_planner.connectors.shared:SharedConnector", summary="any other one, within a budget that planners share")
     for name, target, summary in (
         ("constant", "baselines:Constant", "it stays as it is"),
         ("seasonal-naive", "baselines:SeasonalNaive", "as it was a day ago"),
@@ -28,6 +30,7 @@ def dynamo_register(registry: Registry) -> None:
         registry.add("planner_stage", name, f"dynamo_planner.stages.{target}", summary=summary)
     for name, target, summary in (
         ("planner run", "run:run", "decide how many workers there are, and make it so"),
+        ("planner global", "run_global:run_global", "keep one GPU budget over several planners"),
         ("planner explain", "explain:explain", "say why there are so many workers"),
         ("planner what-if", "what_if:what_if", "decide again for another load or other settings"),
         ("planner report", "report:report", "write a page with plots of what was seen, expected and done"),
