@@ -13,7 +13,7 @@ import pytest
 from dynamo_core.config.schema import Migration, Use
 from dynamo_core.errors import AllBusy, ConfigError, DynamoError, NoWorker, PromptTooLong, Unavailable
 from dynamo_core.testing.cluster import Cluster, read_all
-from dynamo_core.types import Hints
+from dynamo_core.types import Hints, Request
 from dynamo_global_router.engine import GlobalRouter
 
 PROMPT = list(range(300, 520))
@@ -161,12 +161,14 @@ async def test_the_pools_router_counts_cached_prompts_and_load_into_the_estimate
     async with bare() as up:
         await up.worker("fast")
         await up.worker("slow")
-        await up.router(FAST, slow)
+        router = await up.router(FAST, slow)
         await up.ready()
         target = Hints(ttft_target_ms=150.0)
         _, first = await up.ask(target)
         _, warming = await up.ask(LOOSE)
         assert [(await up.story(g))[0]["served"] for g in (first, warming)] == ["fast", "slow"]
+        same = Request(id="same", model="sim", token_ids=PROMPT)
+        await until(lambda: router._pools[1].look(same).row.facts.uncached_tokens < 20)  # news of the cache take a moment
         _, second = await up.ask(target)
         choice = (await up.story(second))[0]
         assert choice["served"] == "slow", choice["text"]
@@ -348,7 +350,39 @@ async def test_requests_of_one_id_do_not_disturb_each_other() -> None:
         assert not up.routers[0]._active
 
 
+async def test_a_pin_to_the_global_router_means_nothing_to_its_pools() -> None:
+    async with site() as up:
+        id = up.cluster.catalog.status()["models"]["sim"]["workers"][0]["id"]
+        tokens, _ = await up.ask(Hints(instance=int(id, 16), dp_rank=0))
+        assert len(tokens) == 10
+
+
 # ---------------------------------------------------------------------- pools that differ
+
+
+async def test_a_pool_may_have_a_store_of_its_own() -> None:
+    async with bare() as up, Cluster.up(workers=1, engine=sim()) as elsewhere:
+        await up.worker("fast")
+        await up.router(FAST, {**SLOW, "namespace": elsewhere.config.namespace, "discovery": {"use": "memory", **elsewhere.config.discovery.options}})
+        await up.cluster.wait_ready(1)
+        tokens, generation = await up.ask(LOOSE)
+        assert len(tokens) == 10
+        assert (await up.story(generation))[0]["served"] == "slow"
+
+
+async def test_requests_wait_in_the_queue_of_a_pool_that_has_one() -> None:
+    async with bare() as up:
+        await up.worker("fast", max_requests=1)
+        await up.worker("slow", sim(max_sequences=1, pace_ms=5.0))
+        queue = {"filters": [{"use": "not-full", "limit": 1.0}], "scorers": [{"use": "load"}], "queue": {"prefill_tokens": 1_000_000, "limit": 2}}
+        router = await up.router(FAST, {**SLOW, "router": queue})
+        await up.ready()
+        asked = [asyncio.create_task(up.ask(Hints(), tokens=200, prompt=[i, *PROMPT])) for i in range(3)]
+        await until(lambda: router._pools[1].look().row.state == "full")
+        assert router._pools[1].look().row.why == "2 requests wait in its router's queue"
+        _, generation = await up.ask(Hints())
+        assert (await up.story(generation))[0]["served"] == "fast"
+        assert [(await up.story(generation))[0]["served"] for _, generation in await asyncio.gather(*asked)] == ["slow"] * 3
 
 
 async def test_a_long_prompt_goes_to_the_pool_that_has_room_for_it() -> None:
@@ -458,6 +492,7 @@ async def test_a_strategy_that_breaks_is_left_out_and_counted() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"pools": [FAST], "strategy": {"use": "grid", "table": [["quick"]], "ttft_ms": {"min": 0, "max": 1, "steps": 1}, "itl_ms": {"min": 0, "max": 1, "steps": 1}}},
      "names the pool 'quick', which is not among the pools: fast"),
+    ({"pools": [{**FAST, "router": {"scorers": [{"use": "kv-plus"}], "use": "random"}}]}, "random"),
     ({"pools": [{**FAST, "namespace": "dynamo"}]}, "the namespace of the global router itself, 'dynamo'"),
     ({"pools": [FAST], "dynamo_json": "/x.json"}, "keep one of `pools` and `dynamo_json`"),
     ({"dynamo_json": "/nowhere/x.json"}, "/nowhere/x.json"),

@@ -28,7 +28,7 @@ from dynamo_global_router import dynamo_json
 from dynamo_global_router.card import joined
 from dynamo_global_router.contract import Choice, PoolFacts, PoolName, PoolRequest, Strategy
 from dynamo_global_router.metrics import RouterMetrics
-from dynamo_global_router.pool import Look, Pool
+from dynamo_global_router.pool import Look, Pool, check_stacks
 from dynamo_global_router.predicted import Predicted
 from dynamo_global_router.record import Decisions, PoolDecision
 from dynamo_global_router.ride import Ride
@@ -105,6 +105,8 @@ class GlobalRouter:
         except ConfigError as e:
             where = self.strategy.where if self.strategy is not None else str(self.dynamo_json)
             raise ConfigError(*(attrs.evolve(problem, where=problem.where or where) for problem in e.problems)) from None
+        for pool in settings:
+            check_stacks(pool.router, plugins)
         self._context = context
         self._log = Decisions(self.decisions)
         self._pools = [Pool(pool, name, config, plugins, role, self.model, self._keep) for pool, name in zip(settings, names, strict=True)]
@@ -199,6 +201,7 @@ class GlobalRouter:
     async def generate(self, request: Request, context: Context) -> AsyncIterator[Output]:
         if self._card is None:
             raise EngineDead("the global router is not running")
+        request = _for_pools(request, self._card)
         decision, order = self._decide(request, context)
         if request.id in self._active:
             request = msgspec.structs.replace(request, id=f"{request.id}-{next(_serial):x}")
@@ -292,6 +295,18 @@ class GlobalRouter:
         self._card = None
         await ended(*self._following)
         self._following.clear()
+
+
+def _for_pools(request: Request, card: ModelCard) -> Request:
+    """As pools should see it: not pinned, as pins name instances of the fleet that this router is in; and with no more tokens than the largest pool has
+    room for, as an engine would."""
+    hints, stops = request.hints, request.stops
+    if hints.instance is not None or hints.prefill_instance is not None or hints.dp_rank is not None:
+        request = msgspec.structs.replace(request, hints=msgspec.structs.replace(hints, instance=None, prefill_instance=None, dp_rank=None))
+    room = card.context_length - len(request.token_ids)
+    if stops.max_tokens is not None and 1 <= room < stops.max_tokens:
+        request = msgspec.structs.replace(request, stops=msgspec.structs.replace(stops, max_tokens=room))
+    return request
 
 
 def _refusal(looks: Sequence[Look]) -> DynamoError:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dynamo_global_router.pool import Pool
@@ -31,10 +31,6 @@ class RouterMetrics:
         self._seconds = Histogram(prefix + "decision_seconds", "Time to choose a pool, record included.", registry=registry,
                                   buckets=(.00005, .0001, .0002, .0005, .001, .002, .005, .01, .1))
         self._faults = Counter(prefix + "strategy_faults", "Requests for which the strategy was left out because it broke its contract.", registry=registry)
-        state = Gauge(prefix + "pool_state", "1 for the state that the pool is in now.", ["pool", "state"], registry=registry)
-        for pool in pools:
-            for name in STATES:
-                state.labels(pool.name.name, name).set_function(_is(pool, name))
         registry.register(_OfPools(pools))
 
     def decided(self, seconds: float) -> None:
@@ -63,12 +59,8 @@ class RouterMetrics:
         return generate_latest(self._registry)
 
 
-def _is(pool: Pool, state: str) -> Callable[[], float]:
-    return lambda: float(pool.look().row.state == state)
-
-
 class _OfPools(Collector):
-    """The series of all pools, told apart by a label."""
+    """The state of each pool, and the series that its pipeline exports, told apart by a label."""
 
     def __init__(self, pools: Sequence[Pool]) -> None:
         self._pools = pools
@@ -77,8 +69,12 @@ class _OfPools(Collector):
         return ()  # none are there yet
 
     def collect(self) -> Iterable[Metric]:
-        families: dict[str, Metric] = {}
+        states = GaugeMetricFamily("dynamo_global_router_pool_state", "1 for the state that the pool is in now.", labels=["pool", "state"])
+        families: dict[str, Metric] = {"": states}
         for pool in self._pools:
+            now = pool.look().row.state
+            for state in STATES:
+                states.add_metric([pool.name.name, state], float(state == now))
             for family in pool.registry.collect():
                 merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type, family.unit))
                 merged.samples += [sample._replace(labels={**sample.labels, "pool": pool.name.name}) for sample in family.samples]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import attrs
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from dynamo_core.cards import ModelCard, Role
@@ -37,6 +38,7 @@ from dynamo_core.routing.facts import (
     PROVEN,
 )
 from dynamo_core.routing.router import Weighed
+from dynamo_core.routing.stack import build_stack
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.types import Request
 from dynamo_global_router.card import stranger
@@ -174,11 +176,12 @@ class Pool:
         reading = reader.router.weigh(asked)
         writing = reading if writer is reader else writer.router.weigh(asked)
         state, why = self._state(reader, reading) or self._state(writer, writing) or self._health(writing)
-        if writing.choice.worker is None or reading.choice.worker is None:
+        reads_it, writes_it = _seat(reading), _seat(writing)
+        if reads_it is None or writes_it is None or state in ("gone", "full"):
             return Look(PoolRow(self.name.name, state, why))
         queued = reader.waiting + (writer.waiting if writer is not reader else 0)
-        facts, load = self._facts(request, reading, writing, queued)
-        return Look(PoolRow(self.name.name, state, why, facts), load, queued, writing.choice.worker, reads != writes)
+        facts, load = self._facts(request, reading, reads_it, writing, writes_it, queued)
+        return Look(PoolRow(self.name.name, state, why, facts), load, queued, writes_it, reads != writes)
 
     def _state(self, dispatcher: Dispatcher, weighed: Weighed) -> tuple[str, str] | None:
         """`gone` or `full`, and why; `None` when it is neither."""
@@ -206,13 +209,15 @@ class Pool:
             return "degraded", f"only {well} of {total} workers are in order"
         return "ready", ""
 
-    def _facts(self, request: Request, reading: Weighed, writing: Weighed, queued: int) -> tuple[PoolFacts, Workload]:
+    def _facts(self, request: Request, reading: Weighed, reads: Worker, writing: Weighed, writes: Worker, queued: int) -> tuple[PoolFacts, Workload]:
         prompt = len(request.token_ids)
-        uncached = 0 if self._role == "decode" and request.transfer is not None else max(1, prompt - int(_of(reading, OVERLAP_TOKENS, 0)))
-        workers = max(1, len(reading.choice.candidates))
-        backlog = int(_of(reading, BOOKED_PREFILL_TOKENS, 0)) + queued * uncached // workers
-        sequences = in_progress(writing)
-        load = Workload(uncached + backlog, sequences, int(_of(writing, MAX_SEQUENCES, 0)))
+        uncached = 0 if self._role == "decode" and request.transfer is not None else max(1, prompt - int(_of(reading, OVERLAP_TOKENS, 0, reads)))
+        workers = len(reading.choice.candidates)
+        # Those in the pool's queue will be shared by its workers; nobody knows how long their prompts are, so they count as this one.
+        before = -(-queued // len(reading.workers))
+        backlog = int(_of(reading, BOOKED_PREFILL_TOKENS, 0, reads)) + before * uncached
+        sequences = in_progress(writing, writes) + before
+        load = Workload(uncached + backlog, sequences, int(_of(writing, MAX_SEQUENCES, 0, writes)))
         estimate = self.speed.estimate(load, request.hints.expected_output_tokens, time.monotonic() - self._sent)
         return PoolFacts(self.name.name, self.name.rank, self.name.cost, workers, uncached, backlog, sequences, load.max_sequences, estimate), load
 
@@ -231,6 +236,8 @@ class Pool:
         if (model := self.model()) is None:
             raise NoWorker("the request", [f"pool {self.name.name} has just lost its model"])
         self._sent = time.monotonic()
+        if request.model != model.name:
+            request = msgspec.structs.replace(request, model=model.name)
         return model.tokens(request, context, None if self._role == "aggregated" else self._role)
 
     def served(self) -> None:
@@ -259,18 +266,22 @@ class Pool:
         return {} if self._catalog is None else self._catalog.problems()
 
 
-def in_progress(weighed: Weighed, worker: Worker | None = None) -> int:
-    """On the chosen worker, or on this one: what routers have sent, or what the engine says when that is more."""
+def _seat(weighed: Weighed) -> Worker | None:
+    """Where the request would go: the chosen worker, or, while it would have to wait in the queue, the one with the least to do."""
+    return weighed.choice.worker or min(weighed.workers, key=lambda worker: in_progress(weighed, worker), default=None)
+
+
+def in_progress(weighed: Weighed, worker: Worker) -> int:
+    """What routers have sent to the worker, or what its engine says when that is more."""
     booked = int(_of(weighed, IN_FLIGHT, 0, worker))
     if _of(weighed, ENGINE_REPORT_AGE, math.inf, worker) > FRESH:
         return booked
     return max(booked, int(_of(weighed, ENGINE_RUNNING, 0, worker)) + int(_of(weighed, ENGINE_WAITING, 0, worker)))
 
 
-def _of(weighed: Weighed, fact: Fact[Any], default: float, worker: Worker | None = None) -> float:
+def _of(weighed: Weighed, fact: Fact[Any], default: float, worker: Worker) -> float:
     column = weighed.columns.get(fact)
-    worker = weighed.choice.worker if worker is None else worker
-    return default if column is None or worker is None else column[weighed.workers.index(worker)]
+    return default if column is None else column[weighed.workers.index(worker)]
 
 
 def _config(settings: PoolSettings, config: Config) -> Config:
@@ -279,7 +290,17 @@ def _config(settings: PoolSettings, config: Config) -> Config:
                         router=_with_facts(settings.router), around=(), workers=())
 
 
+def check_stacks(router: Router, plugins: Plugins) -> None:
+    """:raises ConfigError: the stack of some role cannot start; nobody must wait for a pool's first worker to hear of it."""
+    for role in ("aggregated", *_ROLES):
+        if role == "aggregated" or getattr(router, role) is not None:
+            build_stack(_with_facts(router), plugins, role=role)
+
+
+_ROLES: tuple[Role, ...] = ("prefill", "decode", "encode")
+
+
 def _with_facts(router: Router) -> Router:
     named = {use.name for use in router.facts}
-    roles = {role: _with_facts(table) for role in ("prefill", "decode", "encode") if (table := getattr(router, role)) is not None}
+    roles = {role: _with_facts(table) for role in _ROLES if (table := getattr(router, role)) is not None}
     return attrs.evolve(router, facts=(*router.facts, *(Use(name) for name in FACTS if name not in named)), **roles)
