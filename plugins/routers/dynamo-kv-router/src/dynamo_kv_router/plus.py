@@ -29,6 +29,8 @@ from dynamo_kv_router.load_facts import (
 )
 from dynamo_kv_router.taints import taint_factor
 
+LEAST_OUTPUT = 300.0
+"""Answers count as at least so long when context is weighed: where they are shorter, the same conversations come back all the sooner."""
 FULL = 0.97
 """Share of the KV cache beyond which engines hold requests back."""
 
@@ -80,7 +82,7 @@ class KvPlus:
         decoding = _column(fleet[DECODING])
         cost = _column(fleet[BACKLOG]) + work * (1.0 + self.work_weight + self.slowdown_weight * decoding)
         if self.decode_weight and request.role != "prefill":
-            output = self._output(request, _column(fleet[OUTPUT_TOKENS]))
+            output = np.maximum(LEAST_OUTPUT, self._output(request, _column(fleet[OUTPUT_TOKENS])))
             step = _column(fleet[DECODE_MS]) * (_column(fleet[CONTEXT]) + 0.5 * decoding * prompt) + _column(fleet[SEQUENCE_MS]) * decoding * 1.5
             cost = cost + self.decode_weight * output * step
         if self.memory_weight:
