@@ -34,7 +34,7 @@ class Metrics:
     selector: str = ""
     """More label matchers for the server's series, such as `namespace="prod"`."""
     frontends: tuple[str, ...] = ()
-    """URLs of frontends (their operators' address where they have one). Each must be one process: several that share a port cannot be told apart."""
+    """URLs of frontends (their operators' address where they have one)."""
     user: str | None = None
     """For basic authentication, with `password`."""
     password: Secret | None = None
@@ -49,7 +49,7 @@ class Metrics:
     timeout: float = _duration(5.0, validator=v.gt(0))
     """Seconds that an answer may take."""
     forget: float = _duration(300.0, validator=v.ge(0))
-    """Seconds after which a frontend that a Prometheus server no longer shows counts as gone; until then its part is missing."""
+    """Seconds after which a frontend or one of its processes that is no longer shown counts as gone; until then its part is missing."""
 
     def __attrs_post_init__(self) -> None:
         if bool(self.prometheus) == bool(self.frontends):

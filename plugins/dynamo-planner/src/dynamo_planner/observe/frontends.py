@@ -80,7 +80,7 @@ class FrontendLoad:
     # -------------------------------------------------------------- from the frontends
 
     async def _each(self) -> dict[str, list[Sample]]:
-        return {url: await self._one(url) for url in self.settings.frontends}
+        return {who: part for url in self.settings.frontends for who, part in _by_process(url, await self._one(url)).items()}
 
     async def _one(self, url: str) -> list[Sample]:
         text = (await self._get(f"{url.rstrip('/')}/metrics", {}, f"the frontend {url}")).text
@@ -114,7 +114,8 @@ class FrontendLoad:
                 by_target.setdefault(who, []).append(Sample(name, tuple(sorted(labels.items())), float(row["value"][1])))
         except (KeyError, TypeError, ValueError, json.JSONDecodeError) as e:
             raise Missing(f"the load: {base} answers, but not as a Prometheus server does: {type(e).__name__}: {e}") from e
-        return {who: samples for who, samples in by_target.items() if any(s.name == PRESENCE for s in samples)}
+        parts = {who: part for target, samples in by_target.items() for who, part in _by_process(target, samples).items()}
+        return {who: samples for who, samples in parts.items() if any(s.name == PRESENCE for s in samples)}
 
     async def _get(self, url: str, parameters: Mapping[str, str], who: str) -> httpx.Response:
         try:
@@ -126,6 +127,15 @@ class FrontendLoad:
         if answer.status_code != 200:
             raise Missing(f"the load: {who} answers {answer.status_code}: {answer.text[:200].strip()}")
         return answer
+
+
+def _by_process(target: str, samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """One scrape may tell the series of several processes, each with a label of its own."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        process = sample.label("process")
+        found.setdefault(f"{target} ({process})" if process else target, []).append(sample)
+    return found
 
 
 def _load(at: float, seconds: float, grown: Mapping[str, float], gauges: Mapping[str, float]) -> Load:

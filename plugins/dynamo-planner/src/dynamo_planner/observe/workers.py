@@ -17,11 +17,14 @@ from dynamo_core.runtime.fleet import FleetWatch
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.types import Instance, Load
 from dynamo_planner.contract import WorkerReport
+from dynamo_planner.observe.pages import StatusPages
 
 log = logging.getLogger("dynamo.planner")
 
 STALE = 60.0
-"""Seconds after which a report is too old to count. Workers that nobody asks are probed every few seconds, and report then."""
+"""Seconds after which a report is too old to count."""
+ASK = 1.0
+"""Seconds between two looks for workers that have not reported."""
 
 
 @attrs.define(eq=False)
@@ -30,7 +33,7 @@ class _Known:
     role: str
     loads: dict[int, tuple[Load, float]] = attrs.field(factory=dict[int, "tuple[Load, float]"])
     """By rank: what it said, and when."""
-    ranks: int = 1
+    ranks: Sequence[int] = (0,)
 
 
 class WorkerReports:
@@ -42,6 +45,7 @@ class WorkerReports:
         self._feeds: dict[str, asyncio.Task[None]] = {}
         self._broken: dict[str, str] = {}
         self._decoder = msgspec.msgpack.Decoder(Load)
+        self._pages = StatusPages(runtime.discovery, runtime.config.namespace)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -49,11 +53,13 @@ class WorkerReports:
         reports = cls(runtime, model, clock)
         watch = FleetWatch(runtime, reports.joined, reports.left)
         watching = asyncio.create_task(watch.run(), name="planner: watch workers")
+        asking = asyncio.create_task(reports._ask_the_silent(), name="planner: ask silent workers")
         runtime.on_new_lease(reports._again)
         try:
             yield reports
         finally:
-            await ended(watching, *reports._feeds.values())
+            await ended(watching, asking, *reports._feeds.values())
+            await reports._pages.close()
 
     # -------------------------------------------------------------- who is there
 
@@ -61,7 +67,7 @@ class WorkerReports:
         if card.adapter is not None or (self._model is not None and self._model not in (card.name, *card.aliases)):
             return
         known = self._workers.setdefault(instance.id, _Known(instance, card.role))
-        known.ranks = max(1, card.dp_size)
+        known.ranks = range(card.dp_start, card.dp_start + max(1, card.dp_size))
         if instance.component not in self._feeds:
             self._follow(instance.component)
 
@@ -101,13 +107,23 @@ class WorkerReports:
             load = self._decoder.decode(event.payload)
             known.loads[load.dp_rank] = (load, self._clock())
 
+    async def _ask_the_silent(self) -> None:
+        """Engines report while they work. One that has been silent is asked at its status endpoint whether that is because it has nothing to do."""
+        while True:
+            for known in list(self._workers.values()):
+                now = self._clock()
+                if len(known.loads) < len(known.ranks) or any(now - when > STALE / 2 for _, when in known.loads.values()):
+                    for rank, load in (await self._pages.loads(known.instance, known.ranks)).items():
+                        known.loads[rank] = (load, now)
+            await asyncio.sleep(ASK)
+
     def problems(self) -> Sequence[str]:
         return tuple(self._broken.values())
 
     def reports(self, at: float) -> Sequence[WorkerReport]:
         """One for each worker all of whose ranks have reported lately."""
         return tuple(_report(known) for known in self._workers.values()
-                     if len(known.loads) >= known.ranks and all(at - when < STALE for _, when in known.loads.values()))
+                     if len(known.loads) >= len(known.ranks) and all(at - when < STALE for _, when in known.loads.values()))
 
 
 def _report(known: _Known) -> WorkerReport:

@@ -15,7 +15,7 @@ class Sla:
     """As many replicas as keep the expected load within the targets. A floor: what is seen now may ask for more, not for less."""
 
     stage: ClassVar[Literal["propose"]] = "propose"
-    plan_for: Literal["mean", "high"] = "mean"
+    plan_for: Literal["mean", "high"] = "high"
     """The expected load, or the upper end of its interval."""
 
     def propose(self, view: View, outlook: Outlook | None) -> Proposal | None:
