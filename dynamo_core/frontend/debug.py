@@ -19,7 +19,7 @@ async def decision(service: Service, request: Request) -> Response:
     if record is None:
         raise HTTPException(404)
     if isinstance(service.catalog, Chained) and (further := await service.catalog.further(request.path_params["id"])):
-        record = {**record, "further": further, "text": "\n\n".join([record["text"], *(str(after.get("text", "")) for after in further)])}
+        record = {**record, "further": further, "text": "\n\n".join(str(one.get("text", "")) for one in (record, *further))}
     return reply(record)
 
 
