@@ -104,7 +104,7 @@ class Kube:
             refused = _refusal(status, content) if status >= 400 else None
             answer: Object = {} if refused is not None else msgspec.json.decode(content)
         except BROKEN as e:
-            raise self._failed(str(e) or f"no answer within {self._timeout:g} s") from e
+            raise self._failed(_cause(e) or f"no answer within {self._timeout:g} s") from e
         if refused is not None and refused.code >= 500:
             raise self._failed(f"it says {refused.code}: {refused}")
         self._recovered()
@@ -182,6 +182,11 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[Object, No
                     raise Refused(int(status.get("code") or 500), str(status.get("message", "")), str(status.get("reason", "")))
                 yield event
         rest += tail
+
+
+def _cause(error: BaseException) -> str:
+    """aiohttp writes the context of TLS into its message."""
+    return str(error.os_error) if isinstance(error, aiohttp.ClientConnectorError) else str(error)
 
 
 def _refusal(status: int, content: bytes) -> Refused:

@@ -40,7 +40,7 @@ class KubernetesDiscovery(Connection):
     pod: str | None = None
     """The pod that this process runs in. Default: `$POD_NAME`; "" for none, and then leases live by heartbeats."""
     container: str | None = None
-    """Its container. Default: `$CONTAINER_NAME`; needed where the pod has several."""
+    """Its container. Default: `$DYNAMO_CONTAINER`; needed where the pod has several."""
     pod_selector: str = ""
     """Labels of the pods whose readiness is followed, as `app=chat`; all of the namespace by default."""
     backlog: int = attrs.field(default=4096, validator=v.ge(1))
@@ -181,11 +181,11 @@ class KubernetesDiscovery(Connection):
         self._mirror.leases.pop(id, None)
 
     async def _home(self) -> Home | None:
-        """Our pod and container, once the kubelet says that it runs. It may still speak of the container before: then the lease ends soon, and is taken anew."""
+        """Our pod and container, once the kubelet says that it runs. If it still speaks of the container before, the lease ends soon and is taken anew."""
         name = self.pod if self.pod is not None else os.environ.get("POD_NAME", "")
         if not name:
             return None
-        wanted = self.container or os.environ.get("CONTAINER_NAME")
+        wanted = self.container or os.environ.get("DYNAMO_CONTAINER")
         try:
             async with asyncio.timeout(_STATUS):
                 while True:
@@ -195,14 +195,17 @@ class KubernetesDiscovery(Connection):
                     containers = [str(c["name"]) for c in found["spec"]["containers"]]
                     if wanted is None and len(containers) > 1:
                         raise ConfigError(Problem(f"pod {name!r} has the containers {', '.join(containers)}, and which one this is cannot be known",
-                                                  remedy="set `container`, or $CONTAINER_NAME"))
+                                                  remedy="set `container`, or $DYNAMO_CONTAINER"))
                     container, pod = wanted or containers[0], read_pod(found)
+                    if container not in containers:
+                        raise ConfigError(Problem(f"pod {name!r} has no container {container!r}; it has {', '.join(containers)}",
+                                                  remedy="check `container` or $DYNAMO_CONTAINER"))
                     if pod.containers.get(container) and not pod.ended:
                         self._mirror.home_uid = pod.uid
                         return Home(name, pod.uid, container, pod.containers[container])
                     await asyncio.sleep(0.5)
         except TimeoutError:
-            raise StoreUnavailable(f"the kubelet has not said within {_STATUS:g} s that container {wanted or ''!r} of pod {name!r} runs") from None
+            raise StoreUnavailable(f"the kubelet has not said within {_STATUS:g} s that our container in pod {name!r} runs") from None
 
     async def _check(self, lease: Lease | None, key: str) -> Claim | None:
         """:raises LeaseLost: it is gone."""

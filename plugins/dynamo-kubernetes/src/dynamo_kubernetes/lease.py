@@ -28,6 +28,7 @@ class KubeLease:
         self.id = claim.id
         self.ttl = claim.ttl
         """Whole seconds, as the API server keeps them."""
+        self.claim = claim
         self.lost = asyncio.Event()
         self._kube = kube
         self._path = path
