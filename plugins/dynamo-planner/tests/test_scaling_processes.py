@@ -22,6 +22,7 @@ import pytest
 from dynamo_core.discovery.file import FileDiscovery
 from dynamo_core.ending import ended
 from dynamo_core.runtime.demand import held
+from dynamo_core.testing.servers import free_port
 from dynamo_planner.connectors.local import LocalConnector
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ STACK = """
 lease_ttl = 2.0
 discovery = {{ use = "file", path = "{folder}/discovery" }}
 [frontend]
-port = 0
+port = {port}
 hold = {{ max_wait = 60 }}
 [router]
 use = "least-loaded"
@@ -39,6 +40,19 @@ name = "backend"
 count = 0
 drain_timeout = 20
 engine = {{ use = "sim", model = "sim", pace_ms = 5.0 }}
+"""
+PLANNER = """
+[planner]
+use = "standard"
+metrics = {{ frontends = ["http://127.0.0.1:{port}"] }}
+connector = {{ use = "local", models = ["sim"], gpus = {{ aggregated = 1 }} }}
+tick = 0.5
+interval = 2.0
+propose = ["load"]
+patience = 2.0
+idle = 3.0
+minimum = {{ aggregated = 0 }}
+maximum = {{ aggregated = 2 }}
 """
 TOKENS = 40
 
@@ -110,34 +124,40 @@ class Site:
         return {str(decision["worker"]) for decision in decisions}
 
 
-@pytest.fixture(scope="module")
-def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    folder = tmp_path_factory.mktemp("scaling")
-    file = folder / "stack.toml"
-    file.write_text(STACK.format(folder=folder))
-    process = subprocess.Popen([sys.executable, "-m", "dynamo_core.cli", "frontend", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
-    url: list[str] = []
+@contextlib.contextmanager
+def running(*arguments: str, until: str) -> Iterator[str]:
+    """A `dynamo` command that says what `until` matches, and ends in order. Yields what the first group matched."""
+    process = subprocess.Popen([sys.executable, "-m", "dynamo_core.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    found: list[str] = []
     lines: list[str] = []
-    listening = threading.Event()
+    known = threading.Event()
 
     def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            if found := re.search(r"listening on (http://[\d.:]+)", line):
-                url.append(found[1])
-                listening.set()
-        listening.set()
+            if said := re.search(until, line):
+                found.append(said[1])
+                known.set()
+        known.set()
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        assert listening.wait(60), "the frontend did not listen:\n" + "".join(lines)
-        assert url, "the frontend did not listen:\n" + "".join(lines)
-        yield file, url[0]
+        assert known.wait(60), f"{arguments} did not get ready:\n" + "".join(lines)
+        assert found, f"{arguments} ended:\n" + "".join(lines)
+        yield found[0]
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, "".join(lines[-40:])
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    folder = tmp_path_factory.mktemp("scaling")
+    file = folder / "stack.toml"
+    file.write_text(STACK.format(folder=folder, port=0))
+    with running("frontend", str(file), until=r"listening on (http://[\d.:]+)") as url:
+        yield file, url
 
 
 @pytest.fixture
@@ -210,3 +230,24 @@ async def test_a_worker_that_is_killed_costs_no_request_and_has_a_successor(site
         await site.ready(2)
         await site.answers(4)
     assert site.connector._replicas[0].child.restarts == 1
+
+
+async def test_a_planner_wakes_a_cold_model_for_its_first_request_and_lets_it_sleep_again(tmp_path: Path) -> None:
+    port = free_port()
+    file = tmp_path / "stack.toml"
+    file.write_text((STACK + PLANNER).format(folder=tmp_path, port=port))
+    with running("frontend", str(file), until=r"listening on (http://[\d.:]+)") as url, running("planner", "run", str(file), until=r"(planning)"):
+        async with httpx.AsyncClient(base_url=url, timeout=90) as client:
+
+            async def status() -> list[str]:
+                return [model.get("status", "ready") for model in (await client.get("/v1/models")).json()["data"]]
+
+            site = Site(file, url, client, LocalConnector(file=file))
+            for _ in range(2):
+                async with asyncio.timeout(60):
+                    while await status() != ["cold"]:
+                        await asyncio.sleep(0.1)
+                async with asyncio.timeout(60):
+                    await asyncio.gather(*(site.ask() for _ in range(3)))
+                assert await status() == ["ready"]
+            assert (site.served, site.failures) == (6, [])

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +88,7 @@ class LocalConnector:
         if (lacking := self._lacking(counts)) is not None:
             raise ConfigError(Problem(lacking, remedy="lower their count, or name more devices"))
         grace = max(config.workers[table].drain_timeout for table in self._tables.values())
-        self._supervisor = Supervisor(lambda name, line: log.info("%s: %s", name, line), grace=grace)
+        self._supervisor = Supervisor(_say, grace=grace)
         self._numbers = {role: itertools.count() for role in self._tables}
         async with contextlib.AsyncExitStack() as exits:
             discovery: Discovery = build(config.discovery, "discovery", plugins)
@@ -216,6 +217,14 @@ class LocalConnector:
         if not self.devices or wanted <= len(self.devices):
             return None
         return f"{', '.join(f'{count} {role}' for role, count in counts.items())} workers need {wanted} GPUs, and this machine gives {len(self.devices)}"
+
+
+def _say(name: str, line: str) -> None:
+    """A worker's line: as it is when it is made for programs, under the worker's name otherwise."""
+    if line.startswith("{"):
+        sys.stderr.write(f"{line}\n")
+    else:
+        log.info("%s: %s", name, line)
 
 
 def _process(replica: _Replica) -> int | None:
