@@ -161,6 +161,6 @@ async def test_decisions_that_followed_are_asked_of_the_worker_that_made_them() 
         assert await cluster.catalog.further(second) == [{"id": "d7", "text": "because"}]
         assert asked == [{"id": cluster.catalog.decision(second)["request"]["id"]}]  # type: ignore[index]
         assert await cluster.catalog.further("nobody") == []
-        worker.engine.controls = lambda: {}
+        worker.engine.controls = dict
         (said,) = await cluster.catalog.further(second)
         assert "is not to be had: this engine has no action 'explain'" in said["text"]
