@@ -65,6 +65,8 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Alternatives, each a set of roles that must be present besides this one. Empty: needs nobody."""
     surfaces: tuple[str, ...] = ("chat", "completions")
     """Which API families the model answers: `chat`, `completions`, `embeddings`, `classify`, `score`, ..."""
+    image_placeholder: str | None = None
+    """Of a model that sees (capability `media`): what stands for an image where the chat template takes text only; empty where nothing does."""
     pooling: Pooling | None = None
     """Of a model that answers with vectors."""
     context_length: int = 8192

@@ -91,6 +91,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     transfer: dict[str, Any] | None = None
     """Hand-off between prefill and decode workers, opaque to everyone but the engines."""
     media: list[dict[str, Any]] | None = None
+    """Images, in the order of the prompt: `type`, `mime`, `digest` (of the content), `start` and `length` (the prompt tokens that depend on it), and `data`
+    (bytes), or `encoded` where an encode worker has them: that is between the engines."""
     extra: dict[str, Any] = {}
     """Engine-specific options by engine name."""
     activation: bool | None = None

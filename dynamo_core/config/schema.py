@@ -111,6 +111,31 @@ class Hold:
     """Seconds after which such a client is told to ask again."""
 
 
+def _schemes(settings: object, attribute: object, value: tuple[str, ...]) -> None:
+    if unknown := sorted(set(value) - {"https", "http"}):
+        raise ValueError(f"'schemes' may have 'https' and 'http', not {unknown[0]!r}")
+
+
+@attrs.frozen
+class Media:
+    """Images that requests name by URL, for models that see. Data URIs are always taken."""
+
+    schemes: tuple[str, ...] = attrs.field(default=("https",), validator=_schemes)
+    """What is fetched: `https`, and `http` if you add it; nothing when empty."""
+    hosts: tuple[str, ...] = ()
+    """Only from these hosts and what is below them; from any when empty."""
+    allow_private: bool = False
+    """Also from addresses that are not on the public internet, on any port. Whoever may send requests can then reach what this server can reach."""
+    max_bytes: int = attrs.field(default=16 * 2**20, validator=v.ge(1024))
+    """Of one image."""
+    max_items: int = attrs.field(default=8, validator=v.ge(1))
+    """Images in one request."""
+    max_parallel: int = attrs.field(default=16, validator=v.ge(1))
+    """Fetched at once; more wait."""
+    timeout: float = _positive(10.0)
+    """Seconds in which an image must be complete, redirects included."""
+
+
 @attrs.frozen
 class Frontend:
     host: str = "127.0.0.1"
@@ -153,6 +178,8 @@ class Frontend:
     """So many tenants have a label of their own in metrics; the others are `other`."""
     debug_routes: bool = True
     """`/debug/...`: decisions, workers, configuration. No prompts and no secrets."""
+    media: Media = attrs.field(factory=Media)
+    """What images are taken from where."""
     admin: Admin | None = None
     """Takes `/metrics` and `/debug` away from the public address."""
 

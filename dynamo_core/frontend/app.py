@@ -16,6 +16,7 @@ from dynamo_core.frontend.embeddings import Embeddings
 from dynamo_core.frontend.endpoint import Endpoint
 from dynamo_core.frontend.exchange import request_id
 from dynamo_core.frontend.failure import Failure
+from dynamo_core.frontend.media import MediaFetcher
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.frontend.pooling import Classify, Rerank, Score
 from dynamo_core.frontend.respond import respond
@@ -54,7 +55,8 @@ class App:
 
     def __init__(self, service: Service, extra_routes: Sequence[BaseRoute], middleware: Sequence[Middleware]) -> None:
         self._service = service
-        self._endpoints = {path: Endpoint(service, family()) for path, family in COMPLETION_PATHS.items()}
+        fetcher = MediaFetcher(service.config.media)
+        self._endpoints = {path: Endpoint(service, Chat(fetcher) if family is Chat else family()) for path, family in COMPLETION_PATHS.items()}
         self._site = site(service, extra_routes)
         self._stack: ASGIApp = self._dispatch
         for layer in reversed(middleware):

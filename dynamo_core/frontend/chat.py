@@ -14,6 +14,7 @@ from dynamo_core.frontend.convert import convert, extension
 from dynamo_core.frontend.exchange import Exchange
 from dynamo_core.frontend.fields import ChatBody, Extension
 from dynamo_core.frontend.job import Job
+from dynamo_core.frontend.media import MediaFetcher
 from dynamo_core.frontend.parse import check_nesting
 from dynamo_core.pipeline.contract import Model
 
@@ -26,6 +27,10 @@ class Chat:
     name = "chat_completions"
     surface = "chat"
     decoder = msgspec.json.Decoder(ChatBody)
+
+    def __init__(self, fetcher: MediaFetcher | None = None) -> None:
+        """:param fetcher: gets the images that messages name; without it they are not taken."""
+        self._fetcher = fetcher
 
     async def prepare(self, body: ChatBody, model: Model, exchange: Exchange, *, direct_routing: bool) -> Job:
         """:raises RequestError: the request cannot be served by this model."""
@@ -40,13 +45,17 @@ class Chat:
         if limit == 0:
             raise RequestError(f"{limit_name} must be at least 1", param=limit_name)
         wanted = convert(body, model.card, exchange, max_tokens=limit, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs, direct_routing=direct_routing)
-        prompt, token_ids = await _prompt(body, ext, model)
+        urls: list[str] = []
+        prompt, token_ids = await _prompt(body, ext, model, urls if self._fetcher is not None else None)
+        request = wanted.request(exchange.unique_id, model.card, token_ids)
+        if (media := await self._media(urls, token_ids, model)) is not None:
+            request = msgspec.structs.replace(request, media=media)
         body.messages = []  # a stream may last minutes, and a thousand long conversations are a lot of memory
         return Job(
             id=f"chatcmpl-{exchange.unique_id}",
             body=body,
             model=model,
-            requests=[wanted.request(exchange.unique_id, model.card, token_ids)],
+            requests=[request],
             text=wanted.text,
             prompts=[prompt if "formatted_prompt" in ext.annotations else ""],
             echo=False,
@@ -57,13 +66,29 @@ class Chat:
         )
 
 
-async def _prompt(body: ChatBody, ext: Extension, model: Model) -> tuple[str, list[int]]:
-    """The prompt as text (empty when it came as tokens) and as tokens."""
+    async def _media(self, urls: list[str], token_ids: list[int], model: Model) -> list[dict[str, Any]] | None:
+        """The images, with the prompt tokens that depend on each. :raises RequestError: they are not to be had, or the prompt has other places for them."""
+        starts = [0] * len(urls)
+        if model.card.image_placeholder:
+            mark = await model.preprocessor.encode(model.card.image_placeholder, add_special_tokens=False)
+            if len(mark) == 1 and len(starts := [at for at, token in enumerate(token_ids) if token == mark[0]]) != len(urls):
+                raise RequestError(f"the prompt has {len(starts)} places for {len(urls)} images; {model.card.image_placeholder!r} may not stand in a text",
+                                   param="messages")  # fmt: skip
+        if not urls or self._fetcher is None:
+            return None
+        images = await self._fetcher.images(urls)
+        return [{**image, "start": start, "length": len(token_ids) - start} for image, start in zip(images, starts, strict=True)]
+
+
+async def _prompt(body: ChatBody, ext: Extension, model: Model, urls: list[str] | None) -> tuple[str, list[int]]:
+    """The prompt as text (empty when it came as tokens) and as tokens. :param urls: those of images are added; `None` when none are taken."""
     if ext.token_ids is not None:
         return "", ext.token_ids
     if not body.messages:
         raise RequestError("messages must not be empty", param="messages")
-    messages = [_message(message, index) for index, message in enumerate(body.messages)]
+    if "media" not in model.card.capabilities:
+        urls = None
+    messages = [_message(message, index, urls, model.card.image_placeholder or "") for index, message in enumerate(body.messages)]
     if ext.use_raw_prompt:
         text = "".join(message["content"] for message in messages if isinstance(message["content"], str))
         return text, await model.preprocessor.encode(text, add_special_tokens=False)
@@ -88,8 +113,8 @@ def _arguments(body: ChatBody) -> dict[str, Any] | None:
     return arguments
 
 
-def _message(message: dict[str, Any], index: int) -> Mapping[str, Any]:
-    """One message, checked; a content of text parts only stays a list, because templates differ in how they join them.
+def _message(message: dict[str, Any], index: int, urls: list[str] | None, placeholder: str) -> Mapping[str, Any]:
+    """One message, checked; a content of parts stays a list, because templates differ in how they join them.
 
     Keys beyond OpenAI's are the template's business and pass.
     """
@@ -104,8 +129,13 @@ def _message(message: dict[str, Any], index: int) -> Mapping[str, Any]:
             where = f"messages[{index}].content[{number}]"
             if not isinstance(part, dict) or not isinstance(part.get("type"), str):
                 raise RequestError(f"{where}: a part must be an object with a `type`", param=where)
+            if part["type"] == "image_url" and urls is not None:
+                urls.append(_image_url(part, where))
+                content[number] = {"type": "image", "text": placeholder}  # templates either ask for the type, or join the texts
+                continue
             if part["type"] not in ("text", "refusal"):
-                raise RequestError(f"{where}: parts of type {part['type'][:64]!r} are not supported; this server reads text", param=where)
+                reads = "text" if urls is None else "text and images"
+                raise RequestError(f"{where}: parts of type {part['type'][:64]!r} are not supported; this model reads {reads}", param=where)
             if not isinstance(part.get(part["type"]), str):
                 raise RequestError(f"{where}: `{part['type']}` must be a string", param=where)
     elif content is not None:
@@ -115,6 +145,15 @@ def _message(message: dict[str, Any], index: int) -> Mapping[str, Any]:
     if len(message) > 2 or not isinstance(content, str):
         check_nesting(message, f"messages[{index}]")
     return message if "content" in message else {**message, "content": None}
+
+
+def _image_url(part: dict[str, Any], where: str) -> str:
+    """As OpenAI has it, or the bare string that some clients send. `detail` is ignored."""
+    given = part.get("image_url")
+    url = given.get("url") if isinstance(given, dict) else given
+    if not isinstance(url, str) or not url:
+        raise RequestError(f"{where}: `image_url` must be an object with a `url`", param=where)
+    return url
 
 
 def _refuse_unsupported(body: ChatBody) -> None:

@@ -147,5 +147,5 @@ def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str
     return RoutingRequest(
         id=request.id, model=request.model, token_ids=request.token_ids, prompt_tokens=len(request.token_ids), hints=request.hints,
         adapter=request.adapter, cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant,
-        media=request.media or (),
+        media=[{key: item[key] for key in ("digest", "start", "length") if key in item} for item in request.media] if request.media else (),
     )

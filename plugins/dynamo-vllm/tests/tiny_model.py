@@ -73,6 +73,32 @@ def make_cross_encoder(directory: Path) -> Path:
     return directory
 
 
+def make_seeing(directory: Path) -> Path:
+    """An Idefics3 of half a million random weights: images of 28 x 28 pixels, one token each."""
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil, Idefics3Processor, LlamaConfig, PreTrainedTokenizerFast
+
+    directory.mkdir(parents=True, exist_ok=True)
+    _tokenizer(directory)
+    names = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
+    for name, text in names.items():
+        setattr(tokenizer, name, text)
+    template = ("{% for m in messages %}<|{{ m.role }}|>{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}"
+                "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 28}, max_image_size={"longest_edge": 28}, do_image_splitting=False)
+    Idefics3Processor(image_processor=pictures, tokenizer=tokenizer, image_seq_len=1, chat_template=template).save_pretrained(directory)
+    torch.manual_seed(5)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+                       num_key_value_heads=KV_HEADS, max_position_embeddings=CONTEXT, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = Idefics3Config(vision_config=sight, text_config=text.to_dict(), image_token_id=image_token, scale_factor=2, pad_token_id=0)
+    Idefics3ForConditionalGeneration(config).float().save_pretrained(directory)
+    return directory
+
+
 def _tokenizer(directory: Path, *, pairs: bool = False) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

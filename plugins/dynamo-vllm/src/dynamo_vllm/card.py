@@ -38,6 +38,7 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
     model, cache, scheduler, parallel = config.model_config, config.cache_config, config.scheduler_config, config.parallel_config
     pooling = None if task is None else _pooling(model, task, tok)
     template = _template(tok)
+    images, placeholder = vllm_api.sees(engine)
     defaults: dict[str, Any] = model.get_diff_sampling_param()
     generates = ("chat", "completions") if template else ("completions",)
     return ModelCard(
@@ -61,7 +62,8 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         max_batched_tokens=scheduler.max_num_batched_tokens,
         dp_size=parallel.data_parallel_size,
         kv_events=kv_events,
-        capabilities=_capabilities(vllm, lora=lora) if pooling is None else _POOLS[task or ""],
+        image_placeholder=placeholder if images else None,
+        capabilities=(*_capabilities(vllm, lora=lora), *(("media",) if images else ())) if pooling is None else _POOLS[task or ""],
         engine=f"vLLM {vllm.version}{' on CPU' if vllm.on_cpu else ''}",
     )
 

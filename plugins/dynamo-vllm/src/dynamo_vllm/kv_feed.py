@@ -18,6 +18,7 @@ import zmq.asyncio
 
 from dynamo_core.ending import ended
 from dynamo_core.engines import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
+from dynamo_vllm.images import MEDIA
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Translator:
         salt = self._salts.get(parent) if parent is not None else _salt(event, adapter)
         if salt is not None:
             self._salts |= dict.fromkeys(hashes, salt)
-        return BlocksStored(hashes, parent, event["token_ids"], _tier(event), adapter, salt)
+        return BlocksStored(hashes, parent, event["token_ids"], _tier(event), adapter, salt, _media(event))
 
 
 def _tier(event: dict[str, Any]) -> str:
@@ -79,8 +80,17 @@ def _tier(event: dict[str, Any]) -> str:
 
 def _salt(event: dict[str, Any], adapter: str | None) -> str | None:
     keys = (event.get("extra_keys") or [None])[0] or ()
-    texts = [key for key in keys[1 if adapter is not None else 0 :] if isinstance(key, str)]
+    texts = [key for key in keys[1 if adapter is not None else 0 :] if isinstance(key, str) and not key.startswith(MEDIA)]
     return texts[0] if texts else None
+
+
+def _media(event: dict[str, Any]) -> list[list[int | str | bytes]]:
+    """For each block, the images that reach into it; nothing when there are none."""
+    found: list[list[int | str | bytes]] = []
+    for keys in event.get("extra_keys") or ():
+        names = [key[0] if isinstance(key, list | tuple) and key else key for key in keys or ()]
+        found.append([name.removeprefix(MEDIA) for name in names if isinstance(name, str) and name.startswith(MEDIA)])
+    return found if any(found) else []
 
 
 class KvFeed:

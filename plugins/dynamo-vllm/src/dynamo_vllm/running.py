@@ -21,6 +21,7 @@ from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestErr
 from dynamo_core.types import Output, Request, Sampling, Stops
 from dynamo_vllm import vllm_api
 from dynamo_vllm.adapters import Adapters
+from dynamo_vllm.images import MEDIA, opened
 from dynamo_vllm.kv_feed import KvFeed
 from dynamo_vllm.load import LoadReports
 from dynamo_vllm.translate import Reader, sampling_params
@@ -87,7 +88,7 @@ class Running:
         reader = Reader(request, self.card)
         hints = request.hints
         steps = self._engine.generate(
-            vllm_api.tokens_prompt(request.token_ids, request.cache_salt), params, f"{request.id}-{next(_serial)}",
+            await _prompt(request), params, f"{request.id}-{next(_serial)}",
             lora_request=self.adapters.of(request), priority=-hints.priority, data_parallel_rank=self._rank(hints.dp_rank),
         )  # fmt: skip
         async with aclosing(steps):
@@ -251,6 +252,13 @@ class Running:
         """Tell the worker which models this engine serves now."""
         if not self._asleep:
             self._context.offer((self.card, *self.adapters.cards()))
+
+
+async def _prompt(request: Request) -> dict[str, Any]:
+    if not request.media:
+        return vllm_api.tokens_prompt(request.token_ids, request.cache_salt)
+    images = await asyncio.to_thread(lambda: [opened(item) for item in request.media or ()])
+    return vllm_api.images_prompt(request.token_ids, request.cache_salt, images, [MEDIA + item["digest"] for item in request.media])
 
 
 class _OnlyVllm(CollectorRegistry):

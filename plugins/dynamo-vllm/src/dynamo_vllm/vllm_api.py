@@ -267,6 +267,29 @@ def pooling_params(vllm: Vllm, task: str, activation: bool | None, second_text: 
     return vllm.PoolingParams(task=task, use_activation=activation, extra_kwargs=extra)
 
 
+def sees(engine: Any) -> tuple[bool, str]:
+    """Whether the model takes images, and what stands for one in its prompts, if anything does."""
+    config = engine.vllm_config.model_config
+    if not config.is_multimodal_model:
+        return False, ""
+    limits = _attr("vllm.multimodal", "MULTIMODAL_REGISTRY").get_processing_info(config).supported_mm_limits
+    if "image" not in limits:
+        return False, ""
+    model = _attr("vllm.model_executor.model_loader", "get_model_cls")(config)
+    try:
+        return True, model.get_placeholder_str("image", 1) or ""
+    except (ValueError, NotImplementedError):
+        return True, ""
+
+
+def images_prompt(token_ids: list[int], cache_salt: str | None, images: list[Any], digests: list[str]) -> dict[str, Any]:
+    """A prompt with images, which vLLM prepares in a thread of its own. The digests stand for them in vLLM's caches."""
+    prompt: dict[str, Any] = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": digests}}
+    if cache_salt is not None:
+        prompt["cache_salt"] = cache_salt
+    return prompt
+
+
 def end_streams(engine: Any, error: Exception) -> None:
     """Wake whoever waits for outputs; vLLM's own shutdown leaves them waiting."""
     engine.output_processor.propagate_error(error)
