@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -68,6 +69,13 @@ class TestLocal(ConnectorContract):
         yield
         folder.unlink()
         away.rename(folder)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 async def settled(connector: LocalConnector, **ready: int) -> None:
@@ -160,3 +168,48 @@ async def test_a_file_without_workers_has_nothing_to_start(tmp_path: Path) -> No
         await connector.start()
     with pytest.raises(ConnectorUnavailable):
         await connector.observe()
+
+
+@pytest.mark.slow
+async def test_workers_of_a_pool_are_looked_for_in_its_namespace(tmp_path: Path) -> None:
+    file = stack(tmp_path)
+    file.write_text(file.read_text().replace('name = "decode"', 'name = "decode"\nnamespace = "pool"'))
+    with pytest.raises(ConfigError, match="several namespaces: dynamo, pool"):
+        await LocalConnector(file=file).start()
+    file.write_text(file.read_text().replace('name = "prefill"', 'name = "prefill"\nnamespace = "pool"'))
+    connector = LocalConnector(file=file)
+    await connector.start()
+    try:
+        await connector.scale({"decode": 1}, reason="test")
+        await settled(connector, prefill=0, decode=1)
+    finally:
+        await connector.close()
+
+
+@pytest.mark.slow
+async def test_workers_end_with_a_planner_that_is_killed(tmp_path: Path) -> None:
+    file = stack(tmp_path, count=1)
+    script = f"""
+import asyncio, pathlib
+from dynamo_planner.connectors.local import LocalConnector
+
+async def main():
+    connector = LocalConnector(file=pathlib.Path({str(file)!r}))
+    await connector.start()
+    while True:
+        if all(state.ready == 1 for state in (await connector.observe()).values()):
+            print(*(r.child.process.pid for r in connector._replicas), flush=True)
+        await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+    planner = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    assert planner.stdout is not None
+    async with asyncio.timeout(60):
+        pids = [int(pid) for pid in (await planner.stdout.readline()).split()]
+    assert len(pids) == 2
+    planner.kill()
+    async with asyncio.timeout(60):
+        while any(map(lives, pids)):
+            await asyncio.sleep(0.05)
+        await planner.wait()

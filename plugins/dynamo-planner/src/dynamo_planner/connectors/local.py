@@ -62,6 +62,7 @@ class LocalConnector:
     """Seconds after which a worker that does not serve counts as one that never will."""
 
     _config: Config = attrs.field(init=False, default=None, repr=False)
+    _namespace: str = attrs.field(init=False, default="", repr=False)
     _tables: dict[str, int] = attrs.field(init=False, factory=dict[str, int], repr=False)
     """Index of the `[[workers]]` table of each role."""
     _discovery: Discovery | None = attrs.field(init=False, default=None, repr=False)
@@ -81,6 +82,11 @@ class LocalConnector:
         config, plugins = load_with_plugins(self.file, overrides=self.overrides)
         self._config = config
         self._tables = _tables(config)
+        spaces = {config.workers[table].namespace or config.namespace for table in self._tables.values()}
+        if len(spaces) > 1:
+            raise ConfigError(Problem(f"the [[workers]] tables are of several namespaces: {', '.join(sorted(spaces))}", config.workers[0].engine.where,
+                                      remedy="a planner scales one pool: give each its own file"))
+        (self._namespace,) = spaces
         if "memory" in (config.discovery.name, config.event_plane.name) or config.request_plane.name == "in-process":
             raise ConfigError(Problem("a worker is a process of its own, and processes cannot meet through memory", config.discovery.where,
                                       remedy='use discovery = "file", request_plane = "tcp" and event_plane = "zmq"'))
@@ -93,7 +99,7 @@ class LocalConnector:
         async with contextlib.AsyncExitStack() as exits:
             discovery: Discovery = build(config.discovery, "discovery", plugins)
             self._discovery = await exits.enter_async_context(discovery)
-            self._cold = ColdModels(discovery, config.namespace, config.lease_ttl)
+            self._cold = ColdModels(discovery, self._namespace, config.lease_ttl)
             exits.push_async_callback(self._cold.close)
             await self._cold.offer([ColdModel(name=name) for name in self.models])
             self._exits = exits.pop_all()
@@ -103,11 +109,11 @@ class LocalConnector:
         if self._discovery is None:
             raise ConnectorUnavailable("the connector is not connected")
         try:
-            records = await self._discovery.items(names.instances(self._config.namespace))
+            records = await self._discovery.items(names.instances(self._namespace))
             serving = _serving(records, self._config.host)
             mine = {tail for tail, pid in serving.items() if any(_process(replica) == pid for replica in self._replicas)}
             if mine - self._offered:
-                cards = await self._discovery.items(names.models(self._config.namespace))
+                cards = await self._discovery.items(names.models(self._namespace))
                 await self._cold.offer(cold_models(card for key, card in cards.items() if names.tail(key) in mine))
                 self._offered = mine
             else:
