@@ -11,7 +11,7 @@ STACK_vllm     := samples/quickstart-vllm.toml
 VLLM   := .venv-vllm
 SMOLLM := .cache/models/smollm2/config.json
 
-.PHONY: demo test quick slow slow-vllm lint bench peers chaos servers clean
+.PHONY: demo test quick slow slow-vllm lint bench peers chaos servers kube-apiserver clean
 .DEFAULT_GOAL := demo
 
 # The stamp follows every pyproject.toml: a change of dependencies installs again.
@@ -59,7 +59,7 @@ test: lint quick slow slow-vllm
 quick: servers $(VENV)/.developing
 	$(call tests,1200,$(BIN)/python,-m "not slow",-n 4)
 
-slow: servers $(VENV)/.developing
+slow: servers kube-apiserver $(VENV)/.developing
 	$(call tests,2400,$(BIN)/python,-m slow)
 
 slow-vllm: $(VLLM)/.installed
@@ -92,6 +92,10 @@ servers:
 	  test "$$(id -u)" = 0 || { echo "the tests need etcd and nats-server: sudo apt-get install $(SERVERS)"; exit 1; }; \
 	  echo "installing $(SERVERS)"; apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq -y --no-install-recommends $(SERVERS) >/dev/null
+
+# The real API server that the tests of dynamo-kubernetes start: built once for each machine, as no distribution of Debian 12 has the program.
+kube-apiserver:
+	@plugins/dynamo-kubernetes/tests/kube-apiserver.sh >/dev/null
 
 clean:
 	rm -rf $(VENV) $(VLLM) .dynamo .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 # No distribution that the tests meet ships the program itself. Prints where it is.
 set -euo pipefail
 
+if [ -n "${KUBE_APISERVER:-}" ]; then echo "$KUBE_APISERVER"; exit 0; fi
 version=1.20.2
 home="${XDG_CACHE_HOME:-$HOME/.cache}/dynamo-tests"
 program="$home/kube-apiserver-$version"
@@ -13,7 +14,7 @@ mkdir -p "$home"
 exec 9>"$home/lock"
 flock 9
 if [ -x "$program" ]; then echo "$program" >&3; exit 0; fi
-command -v apt-get >/dev/null || { echo "put a kube-apiserver in $program, or name one by KUBE_APISERVER"; exit 1; }
+command -v apt-get >/dev/null || { echo "name a kube-apiserver by KUBE_APISERVER"; exit 1; }
 test "$(id -u)" = 0 || { echo "run this once as root: it installs a Go compiler and the sources by apt-get"; exit 1; }
 
 work=$(mktemp -d)

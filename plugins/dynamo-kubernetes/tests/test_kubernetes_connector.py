@@ -54,8 +54,8 @@ class Suite(ConnectorContract):
 class TestGraph(Suite):
     """Components with scaling adapters."""
 
-    options = {"graph": "chat"}
-    controllers = ("operator",)
+    options: ClassVar = {"graph": "chat"}
+    controllers: ClassVar = ("operator",)
 
     @pytest.fixture
     async def deployment(self, graph):
@@ -67,8 +67,8 @@ class TestGraph(Suite):
 class TestDeploymentAndLeaderWorkerSet(Suite):
     """One role of each kind; a replica of the set has two pods."""
 
-    options = {"selector": "app=chat"}
-    controllers = ("sets",)
+    options: ClassVar = {"selector": "app=chat"}
+    controllers: ClassVar = ("sets",)
 
     @pytest.fixture
     async def deployment(self, kube, gpu_pod):

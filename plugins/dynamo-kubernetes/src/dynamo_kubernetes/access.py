@@ -132,12 +132,13 @@ class KubeConfig(Credentials):
 
 
 def find(kubeconfig: Path | None, context: str | None, namespace: str | None, *, environ: Mapping[str, str] | None = None,
-         service_account: Path = SERVICE_ACCOUNT) -> Credentials:
+         service_account: Path | None = None) -> Credentials:
     """The file that is named; else the service account of this pod; else `$KUBECONFIG` or `~/.kube/config`.
 
     :raises ConfigError: there is none, or it cannot be used; says why.
     """
     environ = os.environ if environ is None else environ
+    service_account = service_account or SERVICE_ACCOUNT
     host = environ.get("KUBERNETES_SERVICE_HOST")
     try:
         if kubeconfig is None and context is None and host and (service_account / "token").exists():
