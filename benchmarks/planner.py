@@ -66,14 +66,15 @@ class Trial:
     patience: float = 180.0
 
 
-_SLA = (Use("sla"),)
+_SLA, _MEAN = (Use("sla"),), Use("sla", {"plan_for": "mean"})
+_ON_DAYS = tuple(name for name in PREDICTORS if name not in ("arima", "ets"))
+"""Those of statsmodels take a second for a forecast: they are in the backtests alone."""
 TRIALS: tuple[Trial, ...] = (
     Trial("static, for the peak", kind="peak"), Trial("static, for the mean", kind="mean"), Trial("oracle", propose=_SLA, kind="oracle"),
     Trial("load", propose=(Use("load"),)),
-    *(Trial(f"sla, {name}", name, _SLA) for name in PREDICTORS),
-    *(Trial(f"sla and load, {name}", name) for name in PREDICTORS if name not in ("arima", "ets")),
-    Trial("sla for the upper end and load, kalman-trend", propose=(Use("sla", {"plan_for": "high"}), Use("load"))),
-    Trial("sla for the upper end and load, constant", "constant", propose=(Use("sla", {"plan_for": "high"}), Use("load"))),
+    *(Trial(f"sla, {name}", name, _SLA) for name in _ON_DAYS),
+    *(Trial(f"sla and load, {name}", name) for name in _ON_DAYS),
+    Trial("sla and load, kalman-trend, for the mean", propose=(_MEAN, Use("load"))),
     Trial("sla and load, kalman-trend, patience 600 s", patience=600.0),
 )
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
 from dynamo_planner.performance.live import Linear
 from dynamo_planner.stages import capacity
 from dynamo_planner.stages.capacity import Demand
