@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks import budgets
+from benchmarks import budgets, planes
 from benchmarks.budgets import of
 from benchmarks.scenarios import ALL
 from benchmarks.targets import OURS, PEER, TITLES
@@ -34,7 +34,7 @@ To compare with ai-dynamo, install it apart and name its folder; both systems th
 
 def page(results: Results) -> str:
     parts = [*_conditions(results), "", "## Budgets", "", *_budgets(results), "", *_scenarios(results), *_idle(results)]
-    return "\n".join([_INTRODUCTION, *parts, "", _COMPARING])
+    return "\n".join([_INTRODUCTION, *parts, "", _COMPARING, planes.known()]).rstrip() + "\n"
 
 
 def _conditions(results: Results) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """What the request plane costs: CPU microseconds per token in the caller and in the worker, each its own process.
 
-    python benchmarks/transport.py [tcp|http] [--streams 64] [--steps 400] [--pace 0.025] [--loop uvloop|asyncio]
+    python benchmarks/transport.py [tcp|http|nats] [--streams 64] [--steps 400] [--pace 0.025] [--loop uvloop|asyncio] [--servers nats://...]
 
 `--pace 0` runs flat out. Otherwise all streams get one token every `pace` seconds, as from one engine.
 """
@@ -24,7 +24,14 @@ from dynamo_core.transport.http import HttpPlane
 from dynamo_core.transport.tcp import TcpPlane
 from dynamo_core.types import Output
 
-PLANES: dict[str, Callable[[], RequestPlane]] = {"tcp": TcpPlane, "http": HttpPlane}
+
+def nats(options: argparse.Namespace) -> RequestPlane:
+    from dynamo_nats.plane import NatsPlane
+
+    return NatsPlane(servers=(options.servers,))
+
+
+PLANES: dict[str, Callable[[argparse.Namespace], RequestPlane]] = {"tcp": lambda _: TcpPlane(), "http": lambda _: HttpPlane(), "nats": nats}
 
 
 class Steps:
@@ -64,7 +71,7 @@ class Steps:
 
 async def worker(options: argparse.Namespace) -> None:
     steps = Steps(options.streams, options.steps, options.pace)
-    server = await PLANES[options.plane]().serve(steps.generate, "127.0.0.1")
+    server = await PLANES[options.plane](options).serve(steps.generate, "127.0.0.1")
     print(server.address, flush=True)
     print(json.dumps(await steps.run()), flush=True)
     await server.close()
@@ -72,7 +79,7 @@ async def worker(options: argparse.Namespace) -> None:
 
 async def caller(options: argparse.Namespace, address: str) -> tuple[float, int]:
     """CPU seconds, and how many reads it took."""
-    channel = await PLANES[options.plane]().connect(address)
+    channel = await PLANES[options.plane](options).connect(address)
     reads = 0
 
     async def one(number: int) -> None:
@@ -103,6 +110,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pace", type=float, default=0.025)
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop")
+    parser.add_argument("--servers", default="nats://127.0.0.1:4222", help="of NATS")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -113,6 +122,9 @@ def main() -> None:
         spent, reads = run(caller(options, process.stdout.readline().strip()), options.loop)
         served = json.loads(process.stdout.readline())
     tokens = options.streams * options.steps
+    if options.json:
+        print(json.dumps({"sender_us": served / tokens * 1e6, "receiver_us": spent / tokens * 1e6, "merged": tokens / reads, "count": tokens}))
+        return
     print(f"{options.plane} on {options.loop}, {options.streams} streams, {options.steps} steps, pace {options.pace:g} s: "
           f"caller {spent / tokens * 1e6:.2f} us, worker {served / tokens * 1e6:.2f} us per token; {tokens / reads:.2f} tokens per read")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import sys
 import tempfile
 import time
@@ -22,8 +23,11 @@ LONGEST = 400.0
 FULL, SHORT = Shape(), Shape(workers=3, frontends=2, streams=24, tokens=40, pace_ms=20, ttl=4, usual=3)
 
 
-async def run(faults: Sequence[Fault], shape: Shape, seed: int, folder: Path, say: bool = True) -> tuple[list[Verdict], dict[str, str]]:
-    """Try every fault. Returns the verdicts, and why fields were left out."""
+async def run(
+    faults: Sequence[Fault], shape: Shape, seed: int, folder: Path, say: bool = True, seconds: float = math.inf
+) -> tuple[list[Verdict], dict[str, str]]:
+    """Try every fault, as long as there is time: none begins after `seconds`. Returns the verdicts, and why fields were left out."""
+    end = time.monotonic() + seconds
     verdicts: list[Verdict] = []
     left_out: dict[str, str] = {}
     for field in dict.fromkeys(fault.field for fault in faults):
@@ -31,10 +35,14 @@ async def run(faults: Sequence[Fault], shape: Shape, seed: int, folder: Path, sa
             left_out[field] = why
             continue
         here = [fault for fault in faults if fault.field == field]
+        if time.monotonic() > end:
+            verdicts += [_failed(fault, TimeoutError("the time was up")) for fault in here]
+            continue
         try:
             async with open_field(field, folder / field, shape, seed) as stage:
                 for fault in here:
-                    started = time.monotonic()
+                    if (started := time.monotonic()) > end:
+                        raise TimeoutError("the time was up")
                     verdicts.append(verdict := await _tried(fault, stage, seed))
                     if say:
                         print(f"{'ok  ' if not verdict.violations else 'FAIL'} {fault.name}: {time.monotonic() - started:.0f} s, {verdict}", flush=True)

@@ -162,10 +162,25 @@ async def _finished(stage: Stage, frontend: Role) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith("dynamo_frontend_requests_total{"))
 
 
-async def run(parts: Sequence[Callable[[Path], Awaitable[Result]]], folder: Path) -> list[Result]:
+Part = Callable[[Path], Awaitable[Result]]
+CROWDS: dict[str, Part] = {
+    "1,000": lambda folder: streams(folder, 1000, 40.0),
+    "5,000": lambda folder: streams(folder, 5000, 60.0),
+    "idle": lambda folder: idle(folder, 9_900),
+    "churn": lambda folder: churn(folder, 60.0),
+}
+LONGEST = 420.0
+"""Seconds after which a crowd has had its chance."""
+
+
+async def run(parts: Sequence[Part], folder: Path, longest: float | None = None) -> list[Result]:
     results: list[Result] = []
     for number, part in enumerate(parts):
-        result = await part(folder / str(number))
+        try:
+            async with asyncio.timeout(longest):
+                result = await part(folder / str(number))
+        except Exception as e:  # the others are tried all the same
+            result = Result(f"crowd {number + 1}", [], [f"the trial itself failed: {type(e).__name__}: {e}"])
         print(f"{'ok  ' if not result.wrong else 'FAIL'} {result}", flush=True)
         results.append(result)
     return results
@@ -174,33 +189,36 @@ async def run(parts: Sequence[Callable[[Path], Awaitable[Result]]], folder: Path
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--soak", type=float, default=20.0, help="minutes")
+    parser.add_argument("--streams", type=int, default=Shape().streams, help="of the soak")
     parser.add_argument("--only", help="1,000 (streams), 5,000, idle, churn or soak")
     parser.add_argument("--results", type=Path, help="keep the numbers here, as JSON; those of earlier runs stay for what is not measured now")
     parser.add_argument("--report", type=Path, help="write the table of crowds in this page")
     options = parser.parse_args()
     raise_file_limit()
-    parts: dict[str, list[Callable[[Path], Awaitable[Result]]]] = {
-        "1,000": [lambda folder: streams(folder, 1000, 40.0)],
-        "5,000": [lambda folder: streams(folder, 5000, 60.0)],
-        "idle": [lambda folder: idle(folder, 9_900)],
-        "churn": [lambda folder: churn(folder, 60.0)],
-        "soak": [lambda folder: soak(folder, options.soak * 60, Shape())],
-    }
-    chosen = [part for name, group in parts.items() if options.only in (None, name) for part in group]
+    parts: dict[str, Part] = {**CROWDS, "soak": lambda folder: soak(folder, options.soak * 60, Shape(streams=options.streams))}
+    chosen = [part for name, part in parts.items() if options.only in (None, name)]
     with asyncio.Runner(loop_factory=new_event_loop) as runner, tempfile.TemporaryDirectory() as folder:
         results = runner.run(run(chosen, Path(folder)))
     failed = any(result.wrong for result in results)
     if options.results:
         results = _together(options.results, results)
     if options.report:
-        rows = [[f"**{result.what}**", "; ".join(result.numbers), "yes" if not result.wrong else "no: " + "; ".join(result.wrong)] for result in results]
-        report.replace(options.report, "load", "\n".join([f"{report.machine()}.", "", *report.table(["what", "seen", "kept"], rows)]))
+        write(options.report, results)
     return 1 if failed else 0
 
 
+def write(page: Path, results: Sequence[Result]) -> None:
+    rows = [[f"**{result.what}**", "; ".join(result.numbers), "yes" if not result.wrong else "no: " + "; ".join(result.wrong)] for result in results]
+    report.replace(page, "load", "\n".join([f"{report.machine()}.", "", *report.table(["what", "seen", "kept"], rows)]))
+
+
+def read(path: Path) -> list[Result]:
+    """Results that a run has kept; none if there are none."""
+    return [Result(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
 def _together(path: Path, results: Sequence[Result]) -> list[Result]:
-    known = [Result(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
-    found = list(({result.what: result for result in known} | {result.what: result for result in results}).values())
+    found = list(({result.what: result for result in read(path)} | {result.what: result for result in results}).values())
     path.write_text(json.dumps([attrs.asdict(result) for result in found], indent=1) + "\n")
     return found
 

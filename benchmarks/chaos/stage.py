@@ -96,7 +96,7 @@ class Role:
                 stdout=out,
                 stderr=out,
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environ},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "DYNAMO_SUPERVISED": str(os.getpid()), **self.environ},
                 start_new_session=True,
             )
         self.starts += 1
