@@ -78,11 +78,11 @@ peers:
 	@$(if $(PEERS),,$(error say where: make peers PEERS=dir))
 	PYTHON=$(PYTHON) benchmarks/peers.sh $(PEERS)
 
-# Faults, crowds and a soak of SOAK minutes, with all their numbers in docs/reliability.md. As root it tries more (networks, a full disk).
+# Faults, crowds and a soak of SOAK minutes, with all their numbers in docs/reliability.md: about forty minutes. As root it tries more
+# (networks, a full disk).
 SOAK ?= 20
-chaos: $(VENV)/.developing
-	$(BIN)/python -m benchmarks.chaos --report docs/reliability.md
-	$(BIN)/python -m benchmarks.chaos.crowd --soak $(SOAK) --report docs/reliability.md
+chaos: servers $(VENV)/.developing
+	$(BIN)/python -m benchmarks.chaos.everything --soak $(SOAK)
 
 # The real etcd and NATS that the tests of those planes start on free ports. Their own services stay off.
 SERVERS := etcd-server nats-server
