@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncGenerator
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Router, Use
 from dynamo_core.context import Context
+from dynamo_core.kv import Hasher
+from dynamo_core.kv.prehashed import Prehashed
 from dynamo_core.pipeline.catalog import FleetCatalog
+from dynamo_core.pipeline.replicas import Replica
+from dynamo_core.routing.contract import RoutingRequest, Worker
+from dynamo_core.routing.decide import Part, Stack
 from dynamo_core.routing.facts import BOOKED_PREFILL_TOKENS, IN_FLIGHT
 from dynamo_core.routing.router import Router as LiveRouter
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.testing.cluster import Cluster, read_all
-from dynamo_core.types import Request, Stops, TextOptions
+from dynamo_core.types import Hints, Instance, Request, Stops, TextOptions
 
 
 @contextlib.asynccontextmanager
@@ -90,3 +98,94 @@ async def test_two_frontends_that_send_at_once_share_the_workers_evenly():
             assert loads == [2, 2, 2, 2]
             for generation in sent:
                 generation.cancel()
+
+
+class Names:
+    """A provider that names prompts, keeps what it hears of requests, and has something to hand on."""
+
+    provides = ()
+
+    def __init__(self, known: list[bytes]) -> None:
+        self.hasher = Hasher(b"shared", 16)
+        self.booked_here: dict[str, RoutingRequest] = {}
+        self.known = known
+
+    def columns(self, request, workers):
+        return {}
+
+    def named(self, request):
+        return Prehashed(self.hasher.keys(list(request.token_ids)), len(request.token_ids), 16, self.hasher.fingerprint)
+
+    def booked(self, request, worker, overlap_tokens):
+        self.booked_here[request.id] = request
+
+    def first_token(self, request_id, worker, cached_tokens): ...
+
+    def grew(self, request_id, worker, output_tokens): ...
+
+    def finished(self, request_id, worker, outcome):
+        self.booked_here.pop(request_id)
+
+    def state(self):
+        return self.known
+
+    def learn(self, message):
+        self.known.append(message)
+
+
+class Wire:
+    """A publisher whose messages others get as they were sent."""
+
+    def __init__(self, id: int) -> None:
+        self.id, self.sent, self.others = id, [], []
+
+    def publish(self, payload: bytes) -> int:
+        self.sent.append(payload)
+        for other in self.others:
+            other.heard(self.id, msgspec.msgpack.decode(payload)[2])
+        return len(self.sent)
+
+
+def replica(id: int, known: list[bytes]) -> tuple[Replica, Names, Wire]:
+    names, wire = Names(known), Wire(id)
+    router = LiveRouter("m", Stack(providers=(Part("facts", "names", names, "names"),)))
+    for i in range(3):
+        router.joined(Worker(i), Instance(id=i, namespace="n", component="c", endpoint="e", address="a"), ModelCard(name="m"))
+    router.share = found = Replica(router)
+    return found, names, wire
+
+
+async def test_a_newcomer_gets_thousands_of_long_prompts_in_messages_of_bounded_size():
+    (old, theirs, wire), (new, ours, back) = replica(1, [b"x" * 90_000] * 12), replica(2, [])
+    wire.others, back.others = [new], [old]
+    old.connected(wire)
+    rng = random.Random(1)
+    for i in range(60):
+        prompt = [rng.randrange(1000) for _ in range(16 * 2048)]
+        old.router.booked(RoutingRequest(f"r{i}", "m", prompt, len(prompt), hints=Hints(session=f"s{i}")), Worker(i % 3), 16)
+    await asyncio.sleep(0)
+    wire.sent.clear()
+    new.connected(back)
+    await until(lambda: ours.known == theirs.known)
+    assert len(ours.booked_here) == 60
+    assert max(map(len, wire.sent)) < 320_000
+    for id, request in theirs.booked_here.items():
+        told = ours.booked_here[f"1/{id}"]
+        assert told.hints.session == request.hints.session
+        assert told.token_ids.keys_of(16).tolist() == ours.hasher.keys(list(request.token_ids)).tolist()
+    old.missed()  # who asks again gets it again, and nobody else learns twice
+    await asyncio.sleep(0.3)
+    assert len(ours.known) == 12
+    old.router.finished("r0", Worker(0), "done")
+    new.left(1)
+    assert not ours.booked_here
+
+
+@pytest.mark.parametrize("item", [["b", "id", 1, 0], ["b", "id", 1, 0, 16, 0, None, None, [16, 5, b"short"]], ["b", "id", 1, 0, 16, 0, None, None, [0, 0, b""]],
+                                  ["p", "nobody", b"x"], ["p", "names"], ["s", []], ["g", "x", 9, 9, 1], [], ["?", 1], ["zzz"]])
+async def test_nonsense_of_another_frontend_breaks_nothing(item):
+    found, _, wire = replica(1, [])
+    found.connected(wire)
+    found.heard(7, [item])
+    assert all(len(request.token_ids) == 0 for request, *_ in found.router.open_here())
+    assert not found.router.faults

@@ -206,3 +206,24 @@ def test_a_ring_of_none_keeps_nothing():
     ring.push(numbered(1))
     assert len(ring) == 0
     assert ring.get("d-1") is None
+
+
+@pytest.mark.parametrize(("found", "said"), [(None, "cache      32 tokens predicted"), (32, "cache      32 tokens predicted, 32 found"),
+                                             (16, "cache      32 tokens predicted, 16 found (-16)")])
+def test_a_record_says_what_was_predicted_of_the_cache_and_what_was_found(found, said):
+    columns = {facts.OVERLAP_TOKENS: (0, 32)}
+    stack = Stack(scorers=(Part("scorer", "s", ByOverlap()),))
+    case = Case(RoutingRequest("r", "m", prompt_tokens=40), (Worker(1), Worker(2)), columns, ())
+    decision = attrs.evolve(record(stack, case, 1), cached_tokens=found)
+    assert said in decision.render().splitlines()
+    again = Decision.from_json(decision.to_json())
+    assert (again.overlap_tokens, again.cached_tokens) == (32, found)
+    assert "cache " not in attrs.evolve(decision, columns={}, cached_tokens=None).render()
+
+
+class ByOverlap:
+    needs = (facts.OVERLAP_TOKENS,)
+    scale = "raw"
+
+    def score(self, request, fleet):
+        return fleet[facts.OVERLAP_TOKENS]

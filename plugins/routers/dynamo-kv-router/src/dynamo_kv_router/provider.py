@@ -68,8 +68,8 @@ class KvIndex:
     limit: int = attrs.field(default=8_000_000, validator=v.ge(1024))
     """Blocks to know, of all workers together, about 90 bytes each; the oldest are forgotten beyond it."""
     every: int = attrs.field(default=0, validator=v.ge(0))
-    """Tokens for which the index keeps one key, in whole blocks; 0 keeps each block. 64 with blocks of 16 takes a quarter of memory and work,
-    and overlaps are rounded down to 64 tokens."""
+    """Tokens for which the index keeps one key, in whole blocks; 0 keeps each block. 64 with blocks of 16 takes a quarter of the memory and
+    half of the work, and overlaps are rounded down to 64 tokens."""
     silence: float = attrs.field(default=5.0, validator=v.gt(0), metadata={"duration": True})
     """Seconds without a sign of life after which a worker that should publish events counts as degraded."""
 
