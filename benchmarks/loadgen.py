@@ -94,6 +94,7 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._socket = transport.get_extra_info("socket")
         self._load.clients.append(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -110,6 +111,9 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()
+        if self._load.at_once == 1:
+            # Otherwise a server that leaves Nagle's algorithm on waits 40 ms for the acknowledgement that this kernel delays.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as e:
