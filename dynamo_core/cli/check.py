@@ -8,8 +8,9 @@ import attrs
 
 from dynamo_core.cards import Role
 from dynamo_core.cli.options import ConfigFile, Json, Overrides
-from dynamo_core.config import Config, Router, load, plugins_for
+from dynamo_core.config import Config, Router, build, load, plugins_for
 from dynamo_core.config.origins import uses
+from dynamo_core.engines import Checks
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.plugins import Component, Plugins
 from dynamo_core.routing.stack import build_stack
@@ -28,6 +29,7 @@ def check(file: ConfigFile = None, /, *, set: Overrides = (), json: Json = False
                 routing[table] = _facts(config.router, plugins, role)
             except ConfigError as e:
                 problems += e.problems
+        problems += _engines(config, plugins)
     except ConfigError as e:
         problems += e.problems
     if json:
@@ -60,12 +62,22 @@ def _facts(router: Router, plugins: Plugins, role: Role) -> dict[str, str]:
     return {name: provider[name] for name in sorted(fact.name for fact in stack.needs)}
 
 
+def _engines(config: Config, plugins: Plugins) -> Iterator[Problem]:
+    for worker in config.workers:
+        engine = build(worker.engine, "engine", plugins)
+        if isinstance(engine, Checks):
+            try:
+                engine.check(config if worker.namespace is None else attrs.evolve(config, namespace=worker.namespace), plugins)
+            except ConfigError as e:
+                yield from e.problems
+
+
 def _summary(config: Config, routing: dict[str, dict[str, str]]) -> Iterator[str]:
     yield "The configuration is good."
     yield f"  planes    discovery {config.discovery.name}, requests {config.request_plane.name}, events {config.event_plane.name}"
     yield f"  frontend  {config.frontend.host}:{config.frontend.port}, {config.frontend.http_server.name}"
     for worker in config.workers:
-        yield f"  workers   {worker.count} x {worker.name} ({worker.engine.name})"
+        yield f"  workers   {worker.count} x {worker.name} ({worker.engine.name})" + (f" in {worker.namespace}" if worker.namespace else "")
     for table, facts in routing.items():
         for fact, provider in facts.items():
             yield f"  {table:<9} needs {fact}, from {provider}"

@@ -5,6 +5,7 @@ from dynamo_core.engines.contract import (
     BlocksCleared,
     BlocksRemoved,
     BlocksStored,
+    Checks,
     Controls,
     Drains,
     Engine,
@@ -17,6 +18,6 @@ from dynamo_core.engines.contract import (
 )
 
 __all__ = [
-    "BlocksCleared", "BlocksRemoved", "BlocksStored", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics",
+    "BlocksCleared", "BlocksRemoved", "BlocksStored", "Checks", "Controls", "Drains", "Engine", "EngineContext", "HasArtifacts", "HasMetrics",
     "KvEvent", "Probes", "Reports", "admit",
 ]

@@ -139,6 +139,13 @@ class Reports(Protocol):
 
 
 @runtime_checkable
+class Checks(Protocol):
+    def check(self, config: Config, plugins: Plugins) -> None:
+        """What `dynamo check` should find besides wrong options: contradictions, missing parts. Starts nothing. :raises ConfigError: says all of it."""
+        ...
+
+
+@runtime_checkable
 class Controls(Protocol):
     def controls(self) -> Mapping[str, Callable[[Mapping[str, Any]], Any]]:
         """Named async functions for operators: `sleep`, `wake`, `reset_cache`, `load_adapter`, `profile`, ...

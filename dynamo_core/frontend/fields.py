@@ -30,6 +30,13 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Ignored: chunks are never padded."""
 
 
+class Targets(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Where NVIDIA Dynamo's clients put the two targets, in milliseconds."""
+
+    ttft_target: Milliseconds | None = None
+    itl_target: Milliseconds | None = None
+
+
 class Extension(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The object `dynamo` (or `nvext`) of a request: what OpenAI's API has no words for. Headers beat it."""
 
@@ -51,6 +58,8 @@ class Extension(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     expected_output_tokens: Count | None = None
     ttft_target_ms: Milliseconds | None = None
     itl_target_ms: Milliseconds | None = None
+    router: Targets | None = None
+    """Another place for the two targets; those above win."""
     required_taints: Annotated[list[Name], Meta(max_length=64)] = []
     preferred_taints: Annotated[dict[str, float], Meta(max_length=64)] = {}
     policy_class: Name | None = None

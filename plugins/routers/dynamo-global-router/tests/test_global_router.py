@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from dynamo_core.config import build
 from dynamo_core.config.schema import Migration, Use
 from dynamo_core.errors import AllBusy, ConfigError, DynamoError, NoWorker, PromptTooLong, Unavailable
 from dynamo_core.testing.cluster import Cluster, read_all
@@ -176,6 +180,7 @@ async def test_the_pools_router_counts_cached_prompts_and_load_into_the_estimate
         assert second.usage.cached_tokens > 200
 
 
+@pytest.mark.slow
 async def test_the_speed_of_pools_is_learned() -> None:
     async with bare() as up:
         await up.worker("fast", sim(pace_ms=1.0))
@@ -188,6 +193,30 @@ async def test_the_speed_of_pools_is_learned() -> None:
         _, generation = await up.ask(Hints(itl_target_ms=15.0))
         choice = (await up.story(generation))[0]
         assert choice["served"] == "fast", choice["text"]
+
+
+async def test_a_burst_fills_the_cheap_pool_as_far_as_its_targets_go_and_spills_over() -> None:
+    cheap = {**SLOW, "rates": {"prefill_ms": 10.0, "prefill_ms_per_1000": 0.0, "itl_ms": 10.0, "learn": False}}
+    async with bare() as up:
+        await up.worker("fast", sim(pace_ms=5.0))
+        await up.worker("slow", sim(pace_ms=5.0, max_sequences=3))
+        await up.router(FAST, cheap)
+        await up.ready()
+        generations = [await up.cluster.generate([i, *PROMPT], max_tokens=300, hints=Hints(ttft_target_ms=200.0)) for i in range(8)]
+        answers = await asyncio.gather(*(read_all(generation) for generation in generations))
+        served = [(await up.story(generation))[0]["served"] for generation in generations]
+        assert served == ["slow"] * 3 + ["fast"] * 5, "a fourth one would wait for a place longer than its target"
+        assert all(len(tokens) == 300 for _, tokens, _ in answers)
+
+
+async def test_every_series_is_on_the_page_and_every_series_of_the_page_is_exported() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "reference" / "metrics.md").read_text()
+    async with site() as up:
+        await up.ask(TIGHT)
+        families = text_string_to_metric_families(up.routers[0].metrics().decode())
+        exported = {family.name + ("_total" if family.type == "counter" else "") for family in families if not family.name.endswith("_created")}
+        assert {name for name in exported if name.startswith("dynamo_global_router_")} == set(re.findall(r"^\| `(dynamo_global_router_\w+)`", page, re.M))
+        assert {name for name in exported if not name.startswith("dynamo_global_router_")} <= set(re.findall(r"^\| `(\w+)`", page, re.M))
 
 
 # ---------------------------------------------------------------------- pools that fail
@@ -211,6 +240,7 @@ async def test_a_pool_that_is_gone_is_avoided_said_so_and_used_again_when_it_is_
         assert (await up.story(generation))[0]["served"] == "slow"
 
 
+@pytest.mark.slow
 async def test_a_request_without_output_moves_to_another_pool() -> None:
     async with bare() as up:
         await up.worker("fast")
@@ -228,6 +258,7 @@ async def test_a_request_without_output_moves_to_another_pool() -> None:
         assert up.routers[0].metrics().count(b'dynamo_global_router_failures_total{code="unavailable",pool="slow"} 1.0') == 1
 
 
+@pytest.mark.slow
 async def test_after_the_first_output_a_request_stays_in_its_pool() -> None:
     async with bare() as up:
         await up.worker("fast")
@@ -276,6 +307,7 @@ async def test_when_all_pools_are_full_the_client_is_told_to_come_back() -> None
         await until(lambda: not up.serving())
 
 
+@pytest.mark.slow
 async def test_without_any_pool_the_model_is_not_served_until_one_is_back() -> None:
     async with site() as up:
         await up.kill("fast")
@@ -400,6 +432,7 @@ async def test_a_long_prompt_goes_to_the_pool_that_has_room_for_it() -> None:
             await up.ask(LOOSE, prompt=PROMPT * 20)
 
 
+@pytest.mark.slow
 async def test_a_pool_of_another_tokenizer_is_refused_by_name() -> None:
     async with bare() as up:
         await up.worker("fast")
@@ -448,6 +481,7 @@ async def test_prefill_and_decode_of_one_model_each_have_pools_of_their_own() ->
                 await until(lambda engine=engine: engine._scheduler.pool.used == 0)
 
 
+@pytest.mark.slow
 async def test_a_pool_may_itself_read_and_write_on_different_workers() -> None:
     expected = await alone(20)
     async with bare() as up:
@@ -497,7 +531,9 @@ async def test_a_strategy_that_breaks_is_left_out_and_counted() -> None:
     ({"pools": [FAST], "dynamo_json": "/x.json"}, "keep one of `pools` and `dynamo_json`"),
     ({"dynamo_json": "/nowhere/x.json"}, "/nowhere/x.json"),
 ])
-async def test_a_router_that_cannot_work_does_not_start(options, message) -> None:
+async def test_a_router_that_cannot_work_does_not_start_and_fails_its_check(options, message) -> None:
     async with bare() as up:
+        with pytest.raises(ConfigError, match=message):
+            build(Use("global-router", options), "engine", up.cluster.plugins).check(up.cluster.config, up.cluster.plugins)
         with pytest.raises(ConfigError, match=message):
             await up.cluster.add(engine=Use("global-router", options), name="global")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_core.cli.check import check
 from dynamo_core.config import load_with_plugins
 from dynamo_core.errors import ConfigError
 from dynamo_global_router.contract import Choice, Estimate, PoolFacts, PoolName, PoolRequest
@@ -272,6 +273,17 @@ def test_a_grid_is_written_in_toml_and_mistakes_have_their_place() -> None:
     ):
         with pytest.raises(ConfigError, match=message[1]):
             load_with_plugins(text=STACK.replace(wrong, message[0]), environ={})
+
+
+def test_dynamo_check_finds_what_does_not_go_together_all_at_once(tmp_path, capsys) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text(STACK)
+    assert check(path) == 0
+    path.write_text('namespace = "slow"\n' + STACK.replace('[["fast", "slow"]]', '[["quick", "slow"]]'))
+    assert check(path) == 2
+    said = capsys.readouterr().err
+    assert "stack.toml:7: pool strategy 'grid' names the pool 'quick'" in said
+    assert "a pool has the namespace of the global router itself, 'slow'" in said
 
 
 # ---------------------------------------------------------------------- predicted

@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,12 @@ from attrs import validators as v
 
 from dynamo_core import __version__
 from dynamo_core.cards import ModelCard, Role
-from dynamo_core.config import Use, build
+from dynamo_core.config import Config, Use, build
 from dynamo_core.context import Context
 from dynamo_core.ending import ended
 from dynamo_core.engines import EngineContext
 from dynamo_core.errors import AllBusy, ConfigError, DynamoError, EngineDead, NoWorker, Problem, StreamError, Unavailable
+from dynamo_core.plugins import Plugins
 from dynamo_core.types import Output, Request
 from dynamo_global_router import dynamo_json
 from dynamo_global_router.card import joined
@@ -91,22 +93,7 @@ class GlobalRouter:
         if config is None or plugins is None:
             raise ConfigError(Problem("a global router runs in a worker of a stack", remedy="dynamo worker --engine global-router"))
         role = cast("Role", self.role)
-        settings = self.pools
-        if self.dynamo_json is not None:
-            settings, self._strategy = await asyncio.to_thread(dynamo_json.read, self.dynamo_json, role)
-            self._strategy_name = f"grid of {self.dynamo_json.name}"
-        elif self.strategy is not None:
-            self._strategy, self._strategy_name = build(self.strategy, "pool_strategy", plugins), self.strategy.name
-        if any(pool.discovery is None and (pool.namespace or pool.name) == config.namespace for pool in settings):
-            raise ConfigError(Problem(f"a pool has the namespace of the global router itself, {config.namespace!r}", remedy="give one of them another one"))
-        names = [PoolName(pool.name, index if pool.rank is None else pool.rank, pool.cost) for index, pool in enumerate(settings)]
-        try:
-            self._strategy.bind(names, role)
-        except ConfigError as e:
-            where = self.strategy.where if self.strategy is not None else str(self.dynamo_json)
-            raise ConfigError(*(attrs.evolve(problem, where=problem.where or where) for problem in e.problems)) from None
-        for pool in settings:
-            check_stacks(pool.router, plugins)
+        settings, names, self._strategy, self._strategy_name = await asyncio.to_thread(self._plan, config, plugins)
         self._context = context
         self._log = Decisions(self.decisions)
         self._pools = [Pool(pool, name, config, plugins, role, self.model, self._keep) for pool, name in zip(settings, names, strict=True)]
@@ -116,15 +103,45 @@ class GlobalRouter:
         self._following.append(asyncio.create_task(self._watch(role), name="watch pools"))
         return card
 
+    def check(self, config: Config, plugins: Plugins) -> None:
+        """:raises ConfigError: the pools, their stacks and the strategy do not go together."""
+        self._plan(config, plugins)
+
+    def _plan(self, config: Config, plugins: Plugins) -> tuple[Sequence[PoolSettings], Sequence[PoolName], Strategy, str]:
+        """The pools, and a strategy that is bound to them. :raises ConfigError: they do not go together; says all of it."""
+        role = cast("Role", self.role)
+        settings, strategy, called, where = self.pools, Predicted(), "predicted", ""
+        if self.dynamo_json is not None:
+            settings, strategy = dynamo_json.read(self.dynamo_json, role)
+            called, where = f"grid of {self.dynamo_json.name}", str(self.dynamo_json)
+        elif self.strategy is not None:
+            strategy, called, where = build(self.strategy, "pool_strategy", plugins), self.strategy.name, self.strategy.where
+        names = [PoolName(pool.name, index if pool.rank is None else pool.rank, pool.cost) for index, pool in enumerate(settings)]
+        problems: list[Problem] = []
+        if any(pool.discovery is None and (pool.namespace or pool.name) == config.namespace for pool in settings):
+            problems.append(Problem(f"a pool has the namespace of the global router itself, {config.namespace!r}", remedy="give one of them another one"))
+        for check in (lambda: strategy.bind(names, role), *(partial(check_stacks, pool.router, plugins) for pool in settings)):
+            try:
+                check()
+            except ConfigError as e:
+                problems += (attrs.evolve(problem, where=problem.where or where) for problem in e.problems)
+        if problems:
+            raise ConfigError(*problems)
+        return settings, names, strategy, called
+
     def _keep(self, card: ModelCard, content: bytes) -> None:
         if card.tokenizer is not None:
             self._artifacts[card.tokenizer.digest] = content
 
     async def _first_card(self, role: Role) -> ModelCard:
         """Wait for the pools: for all of them at first, then for any."""
-        patient = time.monotonic() + self.startup
+        patient, warned = time.monotonic() + self.startup, False
         while True:
             cards = [card for pool in self._pools if (card := pool.card()) is not None]
+            if time.monotonic() > patient and not warned:
+                warned = True
+                for pool in self._pools:
+                    self._note_state(pool)
             if len(cards) == len(self._pools) or (cards and time.monotonic() > patient):
                 for pool in self._pools:
                     pool.first_card = cards[0]
