@@ -13,7 +13,7 @@ import msgspec
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.discovery.contract import LEASE_TTL, Discovery, Lease
-from dynamo_core.errors import LeaseLost
+from dynamo_core.errors import LeaseLost, StoreUnavailable
 from dynamo_core.runtime import names
 
 
@@ -78,4 +78,5 @@ class ColdModels:
 
     async def close(self) -> None:
         if self._lease is not None:
-            await self._lease.revoke()
+            with contextlib.suppress(StoreUnavailable):  # the records go when the lease runs out
+                await self._lease.revoke()

@@ -66,9 +66,11 @@ class TestLocal(ConnectorContract):
         folder = connector.file.with_name("discovery")
         away = folder.rename(folder.with_name("away"))
         folder.write_text("a file where the directory should be")
-        yield
-        folder.unlink()
-        away.rename(folder)
+        try:
+            yield
+        finally:
+            folder.unlink()
+            away.rename(folder)
 
 
 def lives(pid: int) -> bool:

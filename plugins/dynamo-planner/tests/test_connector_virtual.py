@@ -101,9 +101,11 @@ class TestVirtual(ConnectorContract):
     async def outage(self, connector: VirtualConnector) -> AsyncIterator[None]:
         away = self.folder.rename(self.folder.with_name("away"))
         self.folder.write_text("a file where the directory should be")
-        yield
-        self.folder.unlink()
-        away.rename(self.folder)
+        try:
+            yield
+        finally:
+            self.folder.unlink()
+            away.rename(self.folder)
 
 
 async def test_before_the_first_decision_what_runs_is_what_is_desired(connector: VirtualConnector, actor: Actor) -> None:
@@ -168,3 +170,14 @@ async def test_the_last_decision_stays_when_the_planner_ends_and_the_next_one_co
         last = await Decisions(store, "dynamo").last()
         assert last is not None
         assert (last.id, last.targets) == (3, {"aggregated": 3})
+
+
+async def test_a_connector_can_be_closed_while_the_store_is_away(tmp_path: Path) -> None:
+    folder = tmp_path / "discovery"
+    connector = VirtualConnector(gpus={"aggregated": 1}, models=("echo",))
+    await connector.follow(FileDiscovery(folder), "dynamo")
+    folder.rename(tmp_path / "away")
+    folder.write_text("a file where the directory should be")
+    await connector.close()
+    with pytest.raises(ConnectorUnavailable):
+        await connector.observe()
