@@ -57,6 +57,7 @@ KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("engine", "sglang"): "dynamo-sglang",
     ("engine", "trtllm"): "dynamo-trtllm",
     ("discovery", "etcd"): "dynamo-etcd",
+    ("connector", "kubernetes"): "dynamo-kubernetes",
     ("discovery", "kubernetes"): "dynamo-kubernetes",
     ("discovery", "nats"): "dynamo-nats",
     ("event_plane", "nats"): "dynamo-nats",

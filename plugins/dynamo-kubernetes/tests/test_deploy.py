@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ def test_the_stacks_in_the_config_map_load(render, variant) -> None:
         assert config.discovery.name == "kubernetes"
         assert config.discovery.options["store"] == "fleet"
         assert (config.planner is not None) == (name == "planner.yaml")
+
+
+def test_the_values_in_the_documentation_give_stacks_that_load(helm, tmp_path) -> None:
+    page = (DEPLOY.parent / "docs" / "how-to" / "run-on-kubernetes.md").read_text()
+    values = tmp_path / "values.yaml"
+    values.write_text(re.findall(r"```yaml\n(.*?)```", page, re.S)[0])
+    command = [helm, "template", "chat", str(DEPLOY / "chart"), "--values", str(values)]
+    objects = documents(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    files = next(document for document in objects if document["kind"] == "ConfigMap")["data"]
+    config, _ = load_with_plugins(path=Path("planner.yaml"), text=files["planner.yaml"], environ={})
+    assert config.planner is not None
+    assert config.planner.options["roles"] == ["prefill", "decode"]
+
+
+def test_the_connectors_in_the_documentation_are_connectors() -> None:
+    pages = (DEPLOY.parent / "docs" / "how-to" / "run-on-kubernetes.md", Path(__file__).parents[1] / "README.md")
+    samples = [text for page in pages for text in re.findall(r"```toml\n(.*?)```", page.read_text(), re.S)]
+    assert len(samples) == 3
+    for text in samples:
+        planner = '[planner]\nuse = "standard"\nmetrics = { frontends = ["http://127.0.0.1:1"] }\n' if "[planner" in text else ""
+        config, _ = load_with_plugins(text=planner + text, environ={})
+        assert (config.planner.options["connector"]["use"] if config.planner else config.discovery.name) == "kubernetes"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
