@@ -20,6 +20,7 @@ from dynamo_core.pipeline.bootstrap import BootstrapStream
 from dynamo_core.pipeline.contract import Generation
 from dynamo_core.pipeline.disagg import DisaggregatedStream
 from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
+from dynamo_core.pipeline.encode import EncodeStage
 from dynamo_core.pipeline.generation import TextGeneration
 from dynamo_core.pipeline.handover import suits
 from dynamo_core.pipeline.metrics import PipelineMetrics
@@ -158,13 +159,23 @@ class ServedModel:
         span = tracing.start("generate", context.traceparent, {"request.id": context.id, "model": self.name, "prompt.tokens": len(request.token_ids)})
         context.traceparent = span.traceparent
 
+        workers: list[str] = []
+
         def ended(error: BaseException | None) -> None:
             self._active.discard(request.id)
-            span.set("workers", ",".join(stream.workers))
+            span.set("workers", ",".join(workers))
             span.end(error)
 
-        stream = self._stream(request, context)
         try:
+            decisions: list[str] = []
+            if request.media and "encode" in self._serving:
+                stage = EncodeStage(self.dispatcher("encode"), attempts=self._migration.limit + 1, fallback=self._disaggregation.fallback,
+                                    block_size=self.card.block_size)  # fmt: skip
+                decisions, workers = stage.decisions, stage.workers
+                request = await stage.run(request, context)
+            stream = self._stream(request, context)
+            stream.decisions[:0], stream.workers[:0] = decisions, workers
+            workers = stream.workers
             await stream.start()
         except BaseException as e:
             ended(e)

@@ -15,9 +15,9 @@ from hashlib import blake2b
 from dynamo_core.engines import BlocksRemoved, BlocksStored, KvEvent
 
 
-def root_hash(adapter: str | None, cache_salt: str | None) -> int:
-    """Where a chain of blocks starts: prompts of different adapters or salts share nothing."""
-    return _digest(repr((adapter, cache_salt)).encode())
+def root_hash(adapter: str | None, cache_salt: str | None, media: Sequence[str] = ()) -> int:
+    """Where a chain of blocks starts: prompts of different adapters, salts or images share nothing."""
+    return _digest(repr((adapter, cache_salt, *media)).encode())
 
 
 def chain(parent: int, tokens: array[int], block_size: int) -> list[int]:
@@ -90,7 +90,8 @@ class BlockPool:
         self.private += count
         return True
 
-    def commit(self, hashes: Sequence[int], parent: int | None, token_ids: Sequence[int], adapter: str | None, cache_salt: str | None) -> None:
+    def commit(self, hashes: Sequence[int], parent: int | None, token_ids: Sequence[int], adapter: str | None, cache_salt: str | None,
+               media: Sequence[str] = ()) -> None:  # fmt: skip
         """Turn private blocks that are now full and computed into shared ones.
 
         What is cached already is shared, and the copy given back; what is new is announced. `token_ids` are the tokens
@@ -104,7 +105,8 @@ class BlockPool:
             self._active[block] = 1
         width = len(token_ids) // len(hashes)
         before = hashes[known - 1] if known else parent
-        self._events.append(BlocksStored(hashes[known:], before, token_ids[known * width :], adapter=adapter, cache_salt=cache_salt))
+        images = [list(media) for _ in hashes[known:]] if media else ()
+        self._events.append(BlocksStored(hashes[known:], before, token_ids[known * width :], adapter=adapter, cache_salt=cache_salt, media=images))
 
     def release(self, hashes: Sequence[int], private: int) -> None:
         """Stop using blocks. Shared ones stay cached until their space is needed; leaves go first."""

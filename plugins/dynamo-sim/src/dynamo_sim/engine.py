@@ -85,7 +85,9 @@ class SimEngine:
     speedup: float = attrs.field(default=1.0, validator=v.ge(0))
     pace_ms: float | None = attrs.field(default=None, validator=[v.optional(v.gt(0)), _only_timing])
     linear: Linear | None = None
-    role: str = attrs.field(default="aggregated", validator=v.in_(["aggregated", "prefill", "decode"]))
+    role: str = attrs.field(default="aggregated", validator=v.in_(["aggregated", "prefill", "decode", "encode"]))
+    sees: bool = False
+    encode_ms: float = attrs.field(default=20.0, validator=v.ge(0))
     protocol: Literal["prefill-first", "bootstrap"] = "prefill-first"
     bootstrap_host: str = "127.0.0.1"
     transfer_ms: float = attrs.field(default=2.0, validator=v.ge(0))
@@ -133,7 +135,8 @@ class SimEngine:
             max_sequences=self.max_sequences,
             max_batched_tokens=self.max_batched_tokens,
             kv_events=self.kv_events and self.prefix_caching,
-            capabilities=("n",),
+            capabilities=("n", "media") if self.sees or self.role == "encode" else ("n",),
+            image_placeholder="" if self.sees or self.role == "encode" else None,
             handover=handover,
             engine="dynamo-sim",
         )
@@ -145,6 +148,10 @@ class SimEngine:
         if self._card is None:
             raise EngineDead("the simulated engine is not running")
         limit = admit(request, self._card)
+        await self._see(request)
+        if self.role == "encode":
+            yield Output([], finish_reason="stop", transfer={"media": [{"digest": item["digest"]} for item in request.media or ()]})
+            return
         await self._fetch(request)
         stream = _Stream()
         room = None if self._desk is None or request.transfer is None else int(request.transfer["room"])
@@ -208,12 +215,19 @@ class SimEngine:
     # ------------------------------------------------------------------ one request
 
     async def _open_desk(self) -> Handover:
-        if self.role == "aggregated":
+        if self.role in ("aggregated", "encode"):
             return Handover()
         if self.role == "decode" or self.protocol != "bootstrap":
             return Handover(protocol=self.protocol)
         self._desk = Desk()
         return Handover(protocol=self.protocol, meeting_point=await self._desk.open(self.bootstrap_host))
+
+    async def _see(self, request: Request) -> None:
+        """Let the time pass that images take which nobody has encoded yet."""
+        raw = [item for item in request.media or () if "encoded" not in item]
+        fetches = request.transfer is not None and self.role == "decode"
+        if raw and self.speedup and not fetches:
+            await asyncio.sleep(len(raw) * self.encode_ms / 1000 / self.speedup)
 
     async def _fetch(self, request: Request) -> None:
         """Let the time pass that the blocks of a prompt take from one worker to another. :raises PeerLost: the other one has gone."""
@@ -230,6 +244,7 @@ class SimEngine:
     def _sequence(self, request: Request, index: int, limit: int, stream: _Stream) -> Sequence:
         sampling, stops = request.sampling, request.stops
         chance = (sampling.seed if sampling.seed is not None else request.id, index) if sampling.temperature else ()
+        digests = tuple(str(item["digest"]) for item in request.media or ())
         end = limit
         eos = None
         if self.output_tokens is not None and not stops.ignore_eos:
@@ -239,7 +254,7 @@ class SimEngine:
         return Sequence(
             prompt=request.token_ids,
             left=end,
-            state=seed_state(self.seed, *chance),
+            state=seed_state(self.seed, *chance, *digests),
             eos=eos,
             stop_ids=frozenset(stops.stop_token_ids),
             stop_after=stops.min_tokens,
@@ -247,6 +262,7 @@ class SimEngine:
             keep=request.transfer is not None and self._desk is not None,
             adapter=request.adapter,
             cache_salt=request.cache_salt,
+            media=digests,
             index=index,
             owner=stream,
         )

@@ -55,6 +55,8 @@ class Sequence:
     """Its blocks stay in use after its end, until it is cancelled: another worker is to fetch them."""
     adapter: str | None = None
     cache_salt: str | None = None
+    media: tuple[str, ...] = ()
+    """Digests of the images that the prompt depends on, from its first token."""
     index: int = 0
     """Which choice of its request."""
     owner: Any = None
@@ -126,7 +128,7 @@ class Scheduler:
         packed = array("I", sequence.prompt)
         sequence.state = absorb(sequence.state, packed)
         if limits.prefix_caching:
-            sequence.hashes = chain(root_hash(sequence.adapter, sequence.cache_salt), packed, limits.block_size)
+            sequence.hashes = chain(root_hash(sequence.adapter, sequence.cache_salt, sequence.media), packed, limits.block_size)
         self._waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -250,9 +252,10 @@ class Scheduler:
             return
         hashes = sequence.hashes
         if len(hashes) < full:
-            parent = hashes[-1] if hashes else root_hash(sequence.adapter, sequence.cache_salt)
+            parent = hashes[-1] if hashes else root_hash(sequence.adapter, sequence.cache_salt, sequence.media)
             hashes += chain(parent, array("I", sequence.slice(len(hashes) * size, full * size)), size)
-        self.pool.commit(hashes[held:full], hashes[held - 1] if held else None, sequence.slice(held * size, full * size), sequence.adapter, sequence.cache_salt)
+        parent = hashes[held - 1] if held else None
+        self.pool.commit(hashes[held:full], parent, sequence.slice(held * size, full * size), sequence.adapter, sequence.cache_salt, sequence.media)
         sequence.private -= full - held
         sequence.held = full
 
