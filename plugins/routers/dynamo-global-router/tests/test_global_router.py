@@ -499,6 +499,15 @@ async def test_a_pool_may_itself_read_and_write_on_different_workers() -> None:
         assert [decision["labels"] for decision in inner] == [[label] for label in labels.values()]
 
 
+async def test_workers_that_must_meet_each_other_are_refused_in_pools_of_one_role() -> None:
+    async with bare() as up:
+        await up.worker("fast", sim(role="decode"))
+        await up.worker("slow", sim(role="decode", protocol="bootstrap"))
+        router = await up.router(FAST, SLOW, role="decode", startup=0.0)
+        await until(lambda: "hand over by the protocol bootstrap" in router.problems().get("pool slow", ""))
+        assert router._pools[0].look().row.state == "ready"
+
+
 # ---------------------------------------------------------------------- strategies and mistakes
 
 

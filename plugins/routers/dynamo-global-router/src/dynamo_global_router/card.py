@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dynamo_core.cards import ModelCard, Role
+from dynamo_core.cards import Handover, ModelCard, Role
 
 NEEDS: dict[Role, tuple[tuple[Role, ...], ...]] = {"prefill": (("decode",),), "decode": (("prefill",),)}
 
@@ -23,6 +23,7 @@ def joined(cards: Sequence[ModelCard], role: Role, version: str) -> ModelCard:
         context_length=max(card.context_length for card in cards),
         capabilities=tuple(dict.fromkeys([*(capability for card in cards for capability in card.capabilities), "explain"])),
         # How much fits is the pools' affair, and what is cached there nobody tells.
+        handover=first.handover if role in NEEDS else Handover(),
         total_blocks=None, max_sequences=None, max_batched_tokens=None, dp_size=1, dp_start=0, kv_events=False, taints=(), runtime={},
         engine=f"global-router {version}",
     )

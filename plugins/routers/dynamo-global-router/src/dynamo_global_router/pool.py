@@ -153,6 +153,8 @@ class Pool:
         if self._role == "aggregated":
             return model.not_ready()
         members = [member for member in model.members.values() if member.card.role == self._role]
+        if any(member.card.handover.protocol == "bootstrap" for member in members):
+            return "its workers hand over by the protocol bootstrap, for which prefill and decode must be in one pool"
         if any(member.proven for member in members):
             return None
         return f"{len(members)} {self._role} workers of model {model.name!r} are registered, and none is ready"
