@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import model, report
+from benchmarks import model, over_vllm, report
 from benchmarks.measure import help_cpu_ms, measure
 from benchmarks.scenarios import ALL
 from benchmarks.targets import OURS, PEER, NotReady, Target, available
@@ -30,6 +30,8 @@ RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
 MICRO = ("transport", "preprocess", "routing", "kv_index", "http")
 """Benchmarks of one room each; they print tables of their own."""
+ALONE = (*MICRO, "planner")
+"""Those that can be chosen by name. The planner's takes a quarter of an hour, and is no part of the others."""
 
 
 def run(targets: dict[str, Target], scenarios: list[str], repeats: int, speed: float, folder: Path) -> dict[str, Any]:
@@ -72,8 +74,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one repeat of short phases: to see that it works, not to quote")
     parser.add_argument("--micro", action="store_true", help="the rooms one by one instead; writes nothing")
+    parser.add_argument("--alone", choices=ALONE, help="one of these and nothing else; writes nothing")
     parser.add_argument("--peers", type=Path, default=os.environ.get("PEERS") or None, help="folder with the environment `dyn` (default: $PEERS)")
     options = parser.parse_args()
+    if options.alone:
+        return subprocess.run([sys.executable, "-m", f"benchmarks.{options.alone}"], cwd=ROOT, check=False).returncode
     if options.micro:
         return max(subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, check=False).returncode for name in MICRO)
     installed = available(options.peers)
@@ -88,6 +93,10 @@ def main() -> int:
     targets = run({name: installed[name] for name in names}, scenarios, 1 if options.quick else options.repeats, 3.0 if options.quick else 1.0, folder)
     stall = subprocess.run([sys.executable, "-m", "benchmarks.stall", str(folder)], capture_output=True, text=True, check=True, cwd=ROOT)
     results = {"about": about(command, targets), "targets": targets, "help_cpu_ms": help_cpu_ms(), "stall_ms": float(stall.stdout)}
+    if over_vllm.installed() and not (options.quick or options.targets or len(scenarios) < len(ALL)):
+        results["over_vllm"] = over_vllm.measure(options.repeats)
+    elif RESULTS.exists() and "over_vllm" in (before := json.loads(RESULTS.read_text())):
+        results["over_vllm"] = before["over_vllm"]
     page = report.page(results)
     if options.quick or options.targets or len(scenarios) < len(ALL):
         (WORK / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -83,7 +83,7 @@ drain_timeout = 5
 engine = {{ use = "sim", max_sequences = 4 {engine} }}
 [planner]
 use = "standard"
-connector = {{ use = "local", file = "{path}", gpus = {{ aggregated = 1 }} }}
+connector = {{ use = "local", gpus = {{ aggregated = 1 }} }}
 tick = 0.5
 interval = 1.0
 cold_start = 5.0

@@ -6,7 +6,8 @@ before anything is interpolated between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -53,11 +54,15 @@ class Surface:
         self.z = (from_below + from_above) / 2  # both never fall, so neither does their mean, and it takes noise from both sides
         self._beyond_x = _steepest(self.x, self.z)
         self._beyond_y = _steepest(self.y, self.z.T)
+        self._xs, self._ys, self._rows = self.x.tolist(), self.y.tolist(), self.z.tolist()  # plain floats: a search asks a thousand times a decision
 
     def __call__(self, x: float, y: float) -> float:
-        row = [float(np.interp(x, self.x, column)) for column in self.z.T]
-        inside = float(np.interp(y, self.y, row))
-        return inside + self._beyond_x * max(0.0, x - float(self.x[-1])) + self._beyond_y * max(0.0, y - float(self.y[-1]))
+        i, u = _place(self._xs, x)
+        j, v = _place(self._ys, y)
+        one, other = self._rows[i], self._rows[min(i + 1, len(self._rows) - 1)]
+        k = min(j + 1, len(one) - 1)
+        inside = (1 - u) * ((1 - v) * one[j] + v * one[k]) + u * ((1 - v) * other[j] + v * other[k])
+        return inside + self._beyond_x * max(0.0, x - self._xs[-1]) + self._beyond_y * max(0.0, y - self._ys[-1])
 
 
 def _means(points: Iterable[tuple[float, float]]) -> tuple[Floats, Floats]:
@@ -69,6 +74,14 @@ def _means(points: Iterable[tuple[float, float]]) -> tuple[Floats, Floats]:
         raise ValueError("there are no points")
     xs = sorted(found)
     return np.array(xs), np.array([float(np.mean(found[x])) for x in xs])
+
+
+def _place(axis: Sequence[float], value: float) -> tuple[int, float]:
+    """The interval of an axis that a value falls into, and how far into it; the nearest end for values outside."""
+    i = min(max(bisect_right(axis, value) - 1, 0), max(0, len(axis) - 2))
+    if len(axis) == 1:
+        return 0, 0.0
+    return i, min(1.0, max(0.0, (value - axis[i]) / (axis[i + 1] - axis[i])))
 
 
 def _steepest(axis: Floats, z: Floats) -> float:

@@ -72,7 +72,7 @@ def most_concurrency(performance: Performance, context: float, itl: float) -> fl
     if performance.itl(context, most) <= itl:
         return most
     low, high = 1.0, most
-    for _ in range(40):
+    while high - low > 1e-6 * low:
         middle = (low + high) / 2
         low, high = (middle, high) if performance.itl(context, middle) <= itl else (low, middle)
     return low
