@@ -3,8 +3,8 @@
 Messages go over the event plane, topic `bookings` below the model's component, one for all that happens in a turn of the event
 loop: `[model, role, items]`. An item is `["b", id, instance, rank, prompt_tokens, overlap_tokens, adapter, session, names]` (booked; `names` is `null` or
 `[block_size, fingerprint, keys of the prompt's blocks]`), `["f", ...]` (first token), `["g", ..., tokens]` (grew), `["x", ...]` (ended), `["s"]` (forget my
-bookings: all that are open follow), `["p", provider, message]` (what a fact provider knows), `["e"]` (no more of that) or `["?"]` (a newcomer, or one who
-missed something, asks everybody for all this).
+bookings: all that are open follow), `["p", provider, message]` (what a fact provider knows), `["e"]` (no more of that), `["?"]` (one who missed something
+asks everybody for `s`) or `["?", true]` (a newcomer asks for `p` and `e` as well).
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Replica:
         self._answering: asyncio.TimerHandle | None = None
         self._teacher: int | None = None
         """Whose providers it is learning from: 0 while nobody has answered, `None` when it has learned. All others know the same."""
+        self._newcomers = False
+        """Somebody has asked for what providers know."""
 
     # -------------------------------------------------------------- what this router does
 
@@ -90,11 +92,14 @@ class Replica:
         for who in list(self._theirs):
             self.gone(who)
         if publisher is not None:
-            self.missed()
+            self._learn()
+
+    def _learn(self) -> None:
+        self._teacher = 0
+        self._say(["?", True])
 
     def missed(self) -> None:
-        """Ask everybody what is so."""
-        self._teacher = 0
+        """Something was lost. Bookings must be right; what providers know beyond them mends itself with use, and may be large."""
         self._say(["?"])
 
     def gone(self, publisher: int) -> None:
@@ -105,7 +110,7 @@ class Replica:
     def left(self, publisher: int) -> None:
         self.gone(publisher)
         if self._teacher == publisher:
-            self.missed()
+            self._learn()
 
     def heard(self, publisher: int, items: list[list[Any]]) -> None:
         for item in items:
@@ -130,7 +135,8 @@ class Replica:
                     self._teacher = None
                 case ["p" | "e", *_]:
                     pass  # for somebody else
-                case ["?"]:
+                case ["?"] | ["?", True]:
+                    self._newcomers = self._newcomers or len(item) == 2
                     if self._answering is None:
                         self._answering = asyncio.get_running_loop().call_later(_PAUSE, self._answer)
                 case _:
@@ -150,9 +156,11 @@ class Replica:
                 self._say(["f", request.id, *worker])
             if tokens:
                 self._say(["g", request.id, *worker, tokens])
-        for use, message in self.router.state():
-            self._say(["p", use, message])
-        self._say(["e"])
+        if self._newcomers:
+            self._newcomers = False
+            for use, message in self.router.state():
+                self._say(["p", use, message])
+            self._say(["e"])
 
     def _booking(self, request: RoutingRequest, worker: Worker, overlap: int) -> list[Any]:
         names = self.router.named(request) if self._publisher is not None else ()
