@@ -49,6 +49,8 @@ async def connector(tmp_path: Path) -> AsyncIterator[LocalConnector]:
 
 @pytest.mark.slow
 class TestLocal(ConnectorContract):
+    patience = 120.0
+
     async def kill(self, connector: LocalConnector, role: str) -> bool:
         os.kill(next(r.child.process.pid for r in connector._replicas if r.role == role and r.child.process), signal.SIGKILL)
         return True
@@ -81,7 +83,7 @@ def lives(pid: int) -> bool:
 
 
 async def settled(connector: LocalConnector, **ready: int) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while {role: state.ready for role, state in (await connector.observe()).items() if state.stable} != ready:
             await asyncio.sleep(0.05)
 
@@ -126,7 +128,7 @@ async def test_a_worker_that_takes_too_long_is_reducible_and_goes_on_trying(tmp_
     try:
         await connector.scale({"decode": 1}, reason="test")
         assert (await connector.observe())["decode"].reducible == 0
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not (await connector.observe())["decode"].reducible:
                 await asyncio.sleep(0.05)
         assert (await connector.observe())["decode"].starting == 1
@@ -207,11 +209,11 @@ asyncio.run(main())
 """
     planner = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
     assert planner.stdout is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         pids = [int(pid) for pid in (await planner.stdout.readline()).split()]
     assert len(pids) == 2
     planner.kill()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while any(map(lives, pids)):
             await asyncio.sleep(0.05)
         await planner.wait()

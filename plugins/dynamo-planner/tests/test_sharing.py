@@ -13,11 +13,12 @@ import attrs
 import httpx
 import pytest
 
-from dynamo_core.config import Secret
+from dynamo_core.config import Secret, Tls
 from dynamo_core.discovery.file import FileDiscovery
-from dynamo_core.errors import ConnectorUnavailable, ScaleRefused
+from dynamo_core.errors import ConfigError, ConnectorUnavailable, ScaleRefused
 from dynamo_core.plugins import Plugins
 from dynamo_core.scaling import RoleState
+from dynamo_core.testing.servers import Authority
 from dynamo_planner.connectors.shared import SharedConnector, _within
 from dynamo_planner.connectors.virtual import VirtualConnector
 from dynamo_planner.sharing.ledger import Member
@@ -31,9 +32,9 @@ class Budget:
     url: str
     stop: Callable[[], None]
 
-    async def connector(self, folder: Path, token: Secret, **gpus: int) -> SharedConnector:
-        connector = SharedConnector(url=self.url, token=token, every=0.05)
-        inner = _Started(gpus=gpus or {"aggregated": 1})
+    async def connector(self, folder: Path, token: Secret, ca: Path | None = None) -> SharedConnector:
+        connector = SharedConnector(url=self.url, token=token, every=0.05, ca=ca)
+        inner = _Started(gpus={"aggregated": 1})
         inner.folder = folder
         await connector.over(inner)
         return connector
@@ -54,10 +55,9 @@ class _Started(VirtualConnector):
 
 
 @contextlib.asynccontextmanager
-async def budget(caplog: pytest.LogCaptureFixture, gpus: int = 4, *, lease: float = 0.5, patience: float = 60.0, **terms: float) -> AsyncGenerator[Budget]:
+async def budget(caplog: pytest.LogCaptureFixture, gpus: int = 4, *, lease: float = 0.5, patience: float = 60.0, tls: Tls | None = None) -> AsyncGenerator[Budget]:
     """A global planner that has learned who has what."""
-    settings = GlobalPlanner(gpus=gpus, port=0, lease=lease, patience=patience,
-                             planners={"chat": Member(CHAT, **terms), "batch": Member(BATCH)})  # type: ignore[arg-type]
+    settings = GlobalPlanner(gpus=gpus, port=0, lease=lease, patience=patience, tls=tls, planners={"chat": Member(CHAT), "batch": Member(BATCH)})
     stop = asyncio.Event()
     caplog.set_level(logging.INFO, "dynamo.planner.global")
     caplog.clear()
@@ -177,6 +177,27 @@ async def test_a_caller_is_who_its_token_says_and_nobody_else(tmp_path, caplog) 
             text = (await client.get("/metrics")).text
             assert 'dynamo_global_planner_gpus{planner="chat",state="granted"} 1.0' in text
             assert str(CHAT) not in text + caplog.text
+
+
+async def test_tokens_travel_encrypted_and_to_whom_the_planner_trusts(tmp_path, caplog) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("budget")
+    async with budget(caplog, tls=Tls(cert, key)) as it:
+        assert it.url.startswith("https://")
+        trusting = await it.connector(tmp_path / "chat", CHAT, authority.cert)
+        await trusting.scale({"aggregated": 1}, reason="test")
+        assert await desired(trusting) == {"aggregated": 1}
+        other = await it.connector(tmp_path / "batch", BATCH)
+        with pytest.raises(ConnectorUnavailable, match="(?i)certificate"):
+            await other.scale({"aggregated": 1}, reason="test")
+        await trusting.close()
+        await other.close()
+
+
+async def test_certificates_that_cannot_be_read_are_the_operators_mistake(tmp_path: Path) -> None:
+    connector = SharedConnector(url="https://127.0.0.1:1", token=CHAT, ca=tmp_path / "nothing.pem")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        await connector.over(VirtualConnector(gpus={"aggregated": 1}))
 
 
 def test_going_down_takes_from_who_uses_most_and_the_last_replica_last() -> None:
