@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks import budgets, planes
+from benchmarks import budgets, over_vllm, planes
 from benchmarks.budgets import of
 from benchmarks.scenarios import ALL
 from benchmarks.targets import OURS, PEER, TITLES
@@ -34,6 +34,8 @@ To compare with ai-dynamo, install it apart and name its folder; both systems th
 
 def page(results: Results) -> str:
     parts = [*_conditions(results), "", "## Budgets", "", *_budgets(results), "", *_scenarios(results), *_idle(results)]
+    if "over_vllm" in results:
+        parts += ["", *over_vllm.section(results["over_vllm"])]
     return "\n".join([_INTRODUCTION, *parts, "", _COMPARING, planes.known()]).rstrip() + "\n"
 
 

@@ -112,7 +112,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(target: Target, work: Path, model: Path, *, paced: bool) -> Generator[Running]:
+def started(target: Target, work: Path, model: Path, *, paced: bool, patience: float = READY) -> Generator[Running]:
     """Start a system, wait for its first answer, and stop all of it afterwards. :raises NotReady: it gave none."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -129,14 +129,14 @@ def started(target: Target, work: Path, model: Path, *, paced: bool) -> Generato
             processes.append(process)
             groups.setdefault(command.role, []).append(process.pid)
             time.sleep(command.settle)
-        _wait(port, processes, work)
+        _wait(port, processes, work, patience)
         yield Running(port, groups, time.monotonic() - begun)
     finally:
         _stop(processes)
 
 
-def _wait(port: int, processes: Sequence[subprocess.Popen[bytes]], work: Path) -> None:
-    problem, deadline = "", time.monotonic() + READY
+def _wait(port: int, processes: Sequence[subprocess.Popen[bytes]], work: Path, patience: float) -> None:
+    problem, deadline = "", time.monotonic() + patience
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2})
     good = 0
     while good < 4:  # both workers
@@ -152,7 +152,7 @@ def _wait(port: int, processes: Sequence[subprocess.Popen[bytes]], work: Path) -
         if any(process.poll() is not None for process in processes):
             raise NotReady(f"a process ended; the logs are in {work}")
         if time.monotonic() > deadline:
-            raise NotReady(f"no answer within {READY:g} s ({problem}); the logs are in {work}")
+            raise NotReady(f"no answer within {patience:g} s ({problem}); the logs are in {work}")
         time.sleep(0.05)
 
 

@@ -103,6 +103,16 @@ async def test_three_hundred_requests_cancelled_at_any_moment_leave_no_block_beh
     assert (await read_all(await cluster.generate(PROMPTS[0], max_tokens=24, ignore_eos=True)))[1] == expected[0]
 
 
+async def test_a_worker_whose_blocks_would_not_fit_is_refused_before_its_first_request(cluster: Cluster, make_engine: Callable[..., Any]) -> None:
+    odd = use(make_engine, "decode")
+    odd = Use("vllm", {**odd.options, "args": {**odd.options["args"], "dtype": "bfloat16"}})
+    number = await cluster.add(engine=odd, name="odd")
+    async with asyncio.timeout(60):
+        while not any("dtype is torch.bfloat16 here and torch.float32 there" in why for why in cluster.catalog.problems().values()):
+            await asyncio.sleep(0.05)
+    await cluster.drain(number)
+
+
 async def test_without_prefill_workers_decode_reads_the_prompt_itself(cluster: Cluster, expected: list[list[int]]) -> None:
     await cluster.drain(0)
     await cluster.wait_ready(1)

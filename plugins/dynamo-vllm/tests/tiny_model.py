@@ -76,7 +76,14 @@ def make_cross_encoder(directory: Path) -> Path:
 def make_seeing(directory: Path) -> Path:
     """An Idefics3 of half a million random weights: images of 28 x 28 pixels, one token each."""
     import torch
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil, Idefics3Processor, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+    )
 
     directory.mkdir(parents=True, exist_ok=True)
     _tokenizer(directory)

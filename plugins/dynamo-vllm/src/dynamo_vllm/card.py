@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from dynamo_core.cards import Artifact, ModelCard, Pooling, Role
+from dynamo_core.cards import Artifact, Handover, ModelCard, Pooling, Role
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.types import Sampling
 from dynamo_vllm import vllm_api
@@ -44,6 +44,7 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
     return ModelCard(
         name=name_of(model.model),
         role=cast("Role", role),
+        handover=Handover() if role == "aggregated" else Handover(terms=vllm_api.handover_terms(vllm, config)),
         needs=(("prefill",),) if role == "decode" else (("decode",),) if role == "prefill" else (),
         surfaces=generates if pooling is None else (*_POOLS[task or ""], *(("score",) if pooling.score else ())),
         pooling=pooling,

@@ -241,11 +241,14 @@ class Running:
         return {"asleep": False}
 
     async def _start_profile(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not vllm_api.profiles(self._engine):
+            raise RequestError("profiling is off: give the engine args = { profiler_config = { profiler = \"torch\", torch_profiler_dir = \"/directory\" } }")
         await self._engine.start_profile()
         return {"profiling": True}
 
     async def _stop_profile(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
-        await self._engine.stop_profile()
+        if vllm_api.profiles(self._engine):
+            await self._engine.stop_profile()
         return {"profiling": False}
 
     def _offer(self) -> None:

@@ -228,6 +228,18 @@ def kv_transfer_config(vllm: Vllm, role: str, options: Mapping[str, Any]) -> Any
         raise ConfigError(Problem(f"vLLM does not accept engine.transfer: {e}")) from e
 
 
+def handover_terms(vllm: Vllm, config: Any) -> dict[str, str | int]:
+    """What prefill and decode must have alike; with others, vLLM would fail at the first hand-over. NIXL itself bridges different tensor parallelism."""
+    model, connector = config.model_config, config.kv_transfer_config.kv_connector
+    terms: dict[str, str | int] = {
+        "vllm": vllm.version, "connector": connector, "dtype": str(model.dtype), "kv_cache_dtype": str(config.cache_config.cache_dtype),
+        "kv_heads": model.get_total_num_kv_heads(), "layers": model.get_total_num_hidden_layers(),
+    }  # fmt: skip
+    if not connector.startswith("Nixl"):
+        terms["tensor_parallel"] = config.parallel_config.tensor_parallel_size
+    return terms
+
+
 _chosen: set[str] = set()
 """Ports that we have chosen, which are not the operator's word."""
 
@@ -253,6 +265,11 @@ def tokens_prompt(token_ids: list[int], cache_salt: str | None) -> dict[str, Any
     if cache_salt is not None:
         prompt["cache_salt"] = cache_salt
     return prompt
+
+
+def profiles(engine: Any) -> bool:
+    """Whether the engine was started with a profiler; asked to profile without one, its worker fails."""
+    return engine.vllm_config.profiler_config.profiler is not None
 
 
 async def pooling_task(engine: Any) -> str | None:
