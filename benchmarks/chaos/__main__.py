@@ -42,7 +42,8 @@ async def run(
             async with open_field(field, folder / field, shape, seed) as stage:
                 for fault in here:
                     if (started := time.monotonic()) > end:
-                        raise TimeoutError("the time was up")
+                        verdicts.append(_failed(fault, TimeoutError("the time was up")))
+                        continue
                     verdicts.append(verdict := await _tried(fault, stage, seed))
                     if say:
                         print(f"{'ok  ' if not verdict.violations else 'FAIL'} {fault.name}: {time.monotonic() - started:.0f} s, {verdict}", flush=True)

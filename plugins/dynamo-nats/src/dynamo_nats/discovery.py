@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _LOOK = 0.25
 """Seconds between two looks for leases that ran out."""
+_PROOF = 1.0
+"""Seconds in which a stream that works takes a message; and between two proofs of that, while somebody is silent."""
 _GRACE = 0.3
 """Seconds beyond its ttl that a lease is given: heartbeats travel."""
 _WRONG_SEQUENCE = 10071
@@ -116,6 +119,7 @@ class NatsDiscovery(NatsOptions):
     _barrier: int = attrs.field(init=False, default=0, repr=False)
     _target: int = attrs.field(init=False, default=0, repr=False)
     _applied: int = attrs.field(init=False, default=0, repr=False)
+    _proven: float = attrs.field(init=False, default=0.0, repr=False)
     _looker: asyncio.Task[None] | None = attrs.field(init=False, default=None, repr=False)
 
     # ------------------------------------------------------------------ opening and closing
@@ -226,8 +230,8 @@ class NatsDiscovery(NatsOptions):
 
     async def beat(self, lease: NatsLease, sequence: int) -> int:
         """Keep it alive. :raises LeaseLost: it has ended. :raises StoreUnavailable: no answer."""
-        try:
-            return await self._write(f"l.{lease.id:x}", msgspec.json.encode({"ttl": lease.ttl}), after=sequence)
+        try:  # one whose answer is lost with a server must leave time for others
+            return await self._write(f"l.{lease.id:x}", msgspec.json.encode({"ttl": lease.ttl}), after=sequence, patience=lease.ttl / 5)
         except _Overtaken:
             await self._sync()
             if (state := self._ledger.leases.get(lease.id)) is None:
@@ -253,12 +257,32 @@ class NatsDiscovery(NatsOptions):
             if self._connection is None or not self._connection.up or not self._ledger.complete:
                 self._ledger.heard_now()
                 continue
-            with suppress(StoreUnavailable):
+            try:
+                if self._ledger.silent(0.0, 0.5):
+                    await self._prove()
                 for lease, sequence in self._ledger.silent(_GRACE):
                     with suppress(_Overtaken):
-                        await self._write(f"l.{lease:x}", b"", after=sequence)
+                        await self._write(f"l.{lease:x}", b"", after=sequence, patience=_PROOF)
+            except StoreUnavailable:
+                self._ledger.heard_now()
+                continue
+            with suppress(StoreUnavailable):
                 for sequence in self._ledger.garbage():
                     await self._remove(sequence)
+
+    async def _prove(self) -> None:
+        """The stream takes messages, so that who is silent is silent indeed: a stream without a leader is silent for all.
+
+        :raises StoreUnavailable: it does not, or not promptly.
+        """
+        now = asyncio.get_running_loop().time
+        if (started := now()) - self._proven < _PROOF:
+            return
+        self._barrier = await self._write(f"b.{self._me}", b"", patience=_PROOF)
+        await self._reach(self._barrier)
+        if now() - started > _PROOF:
+            raise StoreUnavailable("NATS takes its time")
+        self._proven = now()
 
     def _lease_ended(self, lease: int) -> None:
         if (mine := self._leases.pop(lease, None)) is not None:
@@ -266,12 +290,12 @@ class NatsDiscovery(NatsOptions):
 
     # ------------------------------------------------------------------ the stream
 
-    async def _write(self, tokens: str, value: bytes, after: int | None = None) -> int:
+    async def _write(self, tokens: str, value: bytes, after: int | None = None, patience: float = math.inf) -> int:
         """Append a message, if the last one on its subject still is `after`. Returns its number."""
-        connection = self._open()
+        connection, patience = self._open(), min(self.timeout, patience)
         headers = None if after is None else {"Nats-Expected-Last-Subject-Sequence": str(after)}
         try:
-            stream = connection.client.jetstream(timeout=self.timeout)
+            stream = connection.client.jetstream(timeout=patience)
             return (await stream.publish(f"{self.prefix}.discovery.{tokens}", value, headers=headers)).seq
         except MaxPayloadError:
             raise ValueError(f"a value of {len(value)} bytes is more than NATS takes: raise max_payload of the servers") from None
@@ -280,7 +304,7 @@ class NatsDiscovery(NatsOptions):
                 raise _Overtaken from None
             raise StoreUnavailable(f"NATS refused to store: {e}") from e
         except (NatsError, TimeoutError) as e:
-            raise StoreUnavailable(f"NATS did not store within {self.timeout:g} s: {e or type(e).__name__}") from e
+            raise StoreUnavailable(f"NATS did not store within {patience:g} s: {e or type(e).__name__}") from e
 
     async def _remove(self, sequence: int) -> None:
         """By its number, and never by purging a subject: nats-server 2.9 skips messages of other subjects for readers that are a moment behind."""

@@ -172,10 +172,10 @@ class Ledger:
         for state in self.leases.values():
             state.heard = self._loop.time()
 
-    def silent(self, grace: float) -> list[tuple[int, int]]:
-        """Leases that nobody has kept alive, and the numbers of their last heartbeats."""
+    def silent(self, grace: float, share: float = 1.0) -> list[tuple[int, int]]:
+        """Leases that nobody has kept alive for this share of their time, and the numbers of their last heartbeats."""
         now = self._loop.time()
-        return [(lease, state.sequence) for lease, state in self.leases.items() if now - state.heard > state.ttl + grace]
+        return [(lease, state.sequence) for lease, state in self.leases.items() if now - state.heard > state.ttl * share + grace]
 
     def garbage(self) -> list[int]:
         """The numbers of messages that can be removed now."""
