@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dynamo_core.errors import ConfigError
 from dynamo_global_router.contract import Estimate, PoolFacts, PoolName, PoolRequest
@@ -76,6 +78,32 @@ def test_an_aggregated_configuration_has_two_axes_or_three(written) -> None:
     late = {"ttft_target_ms": 900.0, "itl_target_ms": 90.0}
     assert chosen(path, "aggregated", PoolRequest("r", input_tokens=9, **late)) == ["quick"]
     assert chosen(path, "aggregated", PoolRequest("r", input_tokens=99, **late)) == ["plain"]
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_every_cell_is_found_by_the_formula_of_the_file_format(tmp_path_factory, data) -> None:
+    """index = int((value - min) / ((max - min) / resolution)), kept within the table."""
+    pools = data.draw(st.integers(1, 4))
+    axes = [(data.draw(st.integers(0, 1000)), data.draw(st.integers(1, 5000)), data.draw(st.integers(1, 5))) for _ in range(3)]
+    (isl, wide, isl_n), (ttft, span, ttft_n), (itl, reach, itl_n) = axes
+    cell = st.integers(0, pools - 1)
+    mapping = data.draw(st.lists(st.lists(st.lists(cell, min_size=itl_n, max_size=itl_n), min_size=ttft_n, max_size=ttft_n), min_size=isl_n, max_size=isl_n))
+    path = tmp_path_factory.mktemp("grid") / "config.json"
+    path.write_text(json.dumps({
+        "mode": "agg", "num_agg_pools": pools, "agg_pool_dynamo_namespaces": [f"pool-{i}" for i in range(pools)],
+        "agg_pool_selection_strategy": {
+            "isl_min": isl, "isl_max": isl + wide, "isl_resolution": isl_n, "ttft_min_ms": ttft, "ttft_max_ms": ttft + span, "ttft_resolution": ttft_n,
+            "itl_min_ms": itl, "itl_max_ms": itl + reach, "itl_resolution": itl_n, "agg_pool_mapping": mapping,
+        },
+    }))
+    prompt, first, between = data.draw(st.integers(0, 7000)), data.draw(st.floats(0, 7000)), data.draw(st.none() | st.floats(0, 7000))
+
+    def index(value: float, low: int, width: int, steps: int) -> int:
+        return min(max(int((value - low) / (width / steps)), 0), steps - 1)
+
+    wanted = mapping[index(prompt, *axes[0])][index(first, *axes[1])][index(itl + reach / 2 if between is None else between, *axes[2])]
+    assert chosen(path, "aggregated", PoolRequest("r", "aggregated", prompt, 0, first, between)) == [f"pool-{wanted}"]
 
 
 def prefill(**changes: Any) -> dict[str, Any]:

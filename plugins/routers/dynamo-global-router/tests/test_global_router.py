@@ -389,6 +389,42 @@ async def test_a_pin_to_the_global_router_means_nothing_to_its_pools() -> None:
         assert len(tokens) == 10
 
 
+@pytest.mark.slow
+async def test_a_crowd_that_comes_and_goes_while_workers_die_leaves_nothing_behind() -> None:
+    async with site(fast=2, slow=2) as up:
+        async def one(i: int) -> str:
+            asking = asyncio.create_task(up.cluster.generate([i, *PROMPT], max_tokens=30 + i % 50, hints=TIGHT if i % 2 else LOOSE))
+            if i % 5 == 0:
+                await asyncio.sleep(0.002 * (i % 7))
+                asking.cancel()
+            generation = (await asyncio.gather(asking, return_exceptions=True))[0]
+            if isinstance(generation, BaseException):
+                return "left" if isinstance(generation, asyncio.CancelledError) else str(generation)
+            if i % 5 == 1:
+                await generation.read()
+                generation.cancel()
+                return "left"
+            return "done" if len((await read_all(generation))[1]) == 30 + i % 50 else "short"
+
+        async def crowd() -> list[str]:
+            asked = [asyncio.create_task(one(i)) for i in range(300)]
+            for pool in ("slow", "fast"):
+                await asyncio.sleep(0.2)
+                await up.cluster.kill(up.of[pool].pop())
+            return await asyncio.gather(*asked)
+
+        outcomes = await crowd()
+        assert {*outcomes} == {"done", "left"}, {outcome for outcome in outcomes if outcome not in ("done", "left")}
+        assert outcomes.count("done") >= 180
+        await until(lambda: not up.serving())
+        router = up.routers[0]
+        assert not router._active
+        for pool in router._pools:
+            assert pool.look().row.facts.sequences == 0, "a booking was left open"  # type: ignore[union-attr]
+            dispatcher = pool.model().dispatcher("aggregated")  # type: ignore[union-attr]
+            assert dispatcher.router.open_here() == []
+
+
 # ---------------------------------------------------------------------- pools that differ
 
 
@@ -400,6 +436,15 @@ async def test_a_pool_may_have_a_store_of_its_own() -> None:
         tokens, generation = await up.ask(LOOSE)
         assert len(tokens) == 10
         assert (await up.story(generation))[0]["served"] == "slow"
+
+
+async def test_a_pool_whose_store_cannot_be_reached_is_gone_and_harms_nobody() -> None:
+    async with bare() as up:
+        await up.worker("fast")
+        router = await up.router(FAST, {**SLOW, "discovery": {"use": "file", "path": "/proc/nowhere"}}, startup=0.0)
+        await up.cluster.wait_ready(1)
+        await until(lambda: router.problems().get("pool slow", "").startswith("gone: its fleet cannot be followed: "))
+        assert len((await up.ask(LOOSE))[0]) == 10
 
 
 async def test_requests_wait_in_the_queue_of_a_pool_that_has_one() -> None:
