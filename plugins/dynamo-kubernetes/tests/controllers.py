@@ -1,6 +1,6 @@
 """Whoever else a cluster has, each as small as it can be: run as a process beside a real API server.
 
-    controllers.py KUBECONFIG ROLE... [--ready-after=0.3] [--drain=0.4]
+    controllers.py KUBECONFIG ROLE... [--ready-after=0.15] [--drain=0.2]
 
     scheduler    gives pods a node, unless the ConfigMap `no-room` in the namespace names their role
     kubelet      makes them run, and be ready; lets those that are deleted drain
@@ -21,7 +21,7 @@ from dynamo_kubernetes.access import find
 from dynamo_kubernetes.api import CONFLICT, MERGE_PATCH, NOT_FOUND, Kube, Refused, Unreachable
 from dynamo_kubernetes.records import now
 
-STEP = 0.1
+STEP = 0.05
 NVIDIA = "nvidia.com/v1beta1"
 SETS = "leaderworkerset.x-k8s.io/v1"
 
@@ -147,8 +147,8 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kubeconfig", type=Path)
     parser.add_argument("roles", nargs="+", choices=("scheduler", "kubelet", "operator", "sets"))
-    parser.add_argument("--ready-after", type=float, default=0.3)
-    parser.add_argument("--drain", type=float, default=0.4)
+    parser.add_argument("--ready-after", type=float, default=0.15)
+    parser.add_argument("--drain", type=float, default=0.2)
     given = parser.parse_args()
     async with Kube(find(given.kubeconfig, None, None), 5.0, agent="controllers") as kube:
         controllers = Controllers(kube, given.ready_after, given.drain)

@@ -144,3 +144,11 @@ async def test_whoever_may_not_read_is_told_what_to_bind(api_server, kube) -> No
     with pytest.raises(ConfigError, match=r"(?s)refuses us.*Unauthorized.*check the credentials"):
         async with KubernetesDiscovery(api_server.kubeconfig("no-such-token", namespace=kube.namespace), pod=""):
             pass
+
+
+async def test_a_namespace_that_does_not_exist_is_named(api_server, kube) -> None:
+    async with KubernetesDiscovery(api_server.kubeconfig(namespace="no-such"), pod="") as here:
+        with pytest.raises(StoreUnavailable, match='"no-such" not found'):
+            await here.put("k/1", b"v")
+        with pytest.raises(StoreUnavailable, match='"no-such" not found'):
+            await here.lease()

@@ -152,3 +152,16 @@ async def test_which_of_several_containers_this_is_must_be_said(pods, store, mon
             await unsaid.lease()
         monkeypatch.setenv("DYNAMO_CONTAINER", "sidecar")
         assert await unsaid.lease()
+
+
+async def test_a_pod_that_the_selector_leaves_out_keeps_its_lease_and_is_told(pods, store, caplog) -> None:
+    name = await pods.make()
+    async with store(pod_selector="app=else") as outside, store(name) as inside:
+        lease = await inside.lease()
+        await inside.put("k/1", b"v", lease)
+        async with asyncio.timeout(GUARD):
+            while not any("check `pod_selector`" in record.message for record in caplog.records):
+                await asyncio.sleep(0.1)
+        assert not lease.lost.is_set()
+        assert await inside.get("k/1") == b"v"
+        assert await outside.items("k/") == {}

@@ -9,7 +9,7 @@ import pytest
 
 from dynamo_core.ending import ended
 from dynamo_core.errors import ConfigError, ConnectorUnavailable, ScaleRefused
-from dynamo_kubernetes.api import JSON_PATCH
+from dynamo_kubernetes.api import JSON_PATCH, Unreachable
 from dynamo_kubernetes.connector import KubernetesConnector
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ async def test_conflicts_with_writers_of_other_fields_are_retried(graph, connect
         for number in range(10**6):
             for role in ("prefill", "decode"):
                 await graph.merge(graph.adapter(role), {"metadata": {"annotations": {"scribble": str(number)}}})
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.03)
 
     scribbling = asyncio.create_task(scribble())
     try:
@@ -71,6 +71,28 @@ async def test_conflicts_with_writers_of_other_fields_are_retried(graph, connect
             assert await graph.replicas() == {"prefill": count, "decode": count}
     finally:
         await ended(scribbling)
+
+
+async def test_who_is_overtaken_between_reading_and_writing_does_not_overwrite(graph, connected, controllers) -> None:
+    await graph.make()
+    await graph.adapt("prefill", 2)
+    await graph.adapt("decode", 2)
+    controllers("operator")
+    connector = await connected()
+    read = connector._source.read
+    overtaken: list[bool] = []
+
+    async def read_and_be_overtaken(kube):
+        found = await read(kube)
+        if not overtaken:
+            overtaken.append(True)
+            await graph.merge(graph.adapter("decode"), {"spec": {"replicas": 6}}, manager="ann")
+        return found
+
+    connector._source = type("Overtaken", (), {"read": staticmethod(read_and_be_overtaken)})()
+    with pytest.raises(ScaleRefused, match="ann changed decode from 2 to 6"):
+        await connector.scale({"decode": 3, "prefill": 1}, reason="two were seen")
+    assert {role: state.desired for role, state in (await connector.observe()).items()} == {"prefill": 2, "decode": 6}
 
 
 async def test_a_graph_without_adapters_is_written_itself_and_says_so(graph, connected, caplog) -> None:
@@ -125,6 +147,26 @@ async def test_nothing_is_scaled_during_a_rolling_update(graph, kube, connected)
     assert (await graph.replicas())["decode"] == 0
     await graph.merge(f"{graph.path}/status", {"status": {"rollingUpdate": {"phase": "Completed"}}})
     await connector.scale({"decode": 1}, reason="afterwards")
+
+
+async def test_a_write_whose_answer_was_lost_is_not_taken_for_somebody_elses(graph, connected) -> None:
+    await graph.make()
+    connector = await connected()
+    call = connector._kube.call
+
+    async def lose_the_answer(method, path, *arguments, **options):
+        answer = await call(method, path, *arguments, **options)
+        if method == "PATCH" and "dryRun" not in options:
+            connector._kube.call = call
+            raise Unreachable("the connection broke")
+        return answer
+
+    connector._kube.call = lose_the_answer
+    with pytest.raises(ConnectorUnavailable, match="the connection broke"):
+        await connector.scale({"decode": 3}, reason="it arrives, and nobody says so")
+    assert (await connector.observe())["decode"].desired == 3
+    await connector.scale({"decode": 4}, reason="the next decision")
+    assert (await connector.observe())["decode"].desired == 4
 
 
 # ------------------------------------------------------------------ what a write becomes

@@ -19,11 +19,11 @@ from dynamo_kubernetes.others import Others
 from dynamo_kubernetes.records import now
 from dynamo_kubernetes.replicas import Counter
 from dynamo_kubernetes.sets import Sets
-from dynamo_kubernetes.workloads import MANAGER, Source, Workload, writes
+from dynamo_kubernetes.workloads import MANAGER, Dial, Source, Workload, writes
 
 log = logging.getLogger("dynamo.kubernetes")
 
-_TRIES = 8
+_TRIES = 20
 """Attempts at a write that somebody else's keep colliding with."""
 _LOOK = 0.3
 """Seconds between two looks at what the platform makes of a write."""
@@ -152,6 +152,8 @@ class KubernetesConnector(Connection):
                     for write in planned:
                         await write.send(kube, dry_run=True)
                 for write in planned:
+                    for workload, count in write.changes:
+                        self._others.trying(workload.role, count)
                     await write.send(kube)
                     for workload, count in write.changes:
                         self._others.ours(workload.role, count)
@@ -162,7 +164,7 @@ class KubernetesConnector(Connection):
             except Refused as e:
                 read = await self._read()
                 self._others.notice(read)
-                moved = e.code in (CONFLICT, NOT_FOUND) or any(read[role].dial != workloads[role].dial for role in targets if role in read)
+                moved = e.code in (CONFLICT, NOT_FOUND) or any(_place(read[role]) != _place(workloads[role]) for role in targets if role in read)
                 if e.code not in (CONFLICT, NOT_FOUND, INVALID) or not moved or not set(targets) <= set(read) or attempt == _TRIES - 1:
                     if done:
                         raise ConnectorUnavailable(f"the API server refused: {e}{_so_far(done)}") from e
@@ -240,6 +242,11 @@ class KubernetesConnector(Connection):
         if self._kube is None:
             raise ConnectorUnavailable("the connector is not connected")
         return self._kube
+
+
+def _place(workload: Workload) -> tuple[Dial, int]:
+    """What a write was tested against."""
+    return workload.dial, workload.desired
 
 
 def _so_far(done: list[str]) -> str:

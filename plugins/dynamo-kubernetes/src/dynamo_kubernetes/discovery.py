@@ -109,7 +109,7 @@ class KubernetesDiscovery(Connection):
                     else:
                         written = await kube.call("POST", records, content)
                 except Refused as e:
-                    if e.code not in (CONFLICT, NOT_FOUND):
+                    if e.code != CONFLICT and not (version and e.code == NOT_FOUND):
                         raise
                     found = await self._find(path)
                     version = found["metadata"]["resourceVersion"] if found is not None else ""

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 LEASES = "coordination.k8s.io/v1"
 _LOOK = 0.3
 """Seconds between two looks for leases whose owners are dead."""
+_SOON = 30.0
+"""Seconds until a lease that seemed dead and was not is looked at again."""
 _LAG = 1.0
 """Seconds for which a lease may be ahead of what we know of its pod."""
 
@@ -162,6 +164,8 @@ class Mirror:
                 try:
                     if claim.pod is None or not claim.lives_in(await self._now(claim.pod)):
                         await self.end(claim)
+                    else:
+                        self._lives(claim, claim.pod)
                 except (Refused, Unreachable) as e:
                     log.debug("could not end lease %016x: %s", claim.id, e)
                     break
@@ -182,6 +186,13 @@ class Mirror:
                 found.append(claim)
         self._doubts = {id: doubt for id, doubt in self._doubts.items() if id in self._claims}
         return found
+
+    def _lives(self, claim: Claim, pod: str) -> None:
+        """We know too little of its pod, and need not ask again and again."""
+        if pod not in self.pods.objects and self.pods.connected_at < time.monotonic() - _LAG:
+            log.warning("pod %s holds lease %016x and is none of those that are followed; check `pod_selector`", pod, claim.id)
+        if (doubt := self._doubts.get(claim.id)) is not None:
+            doubt.since = time.monotonic() + _SOON
 
     async def _now(self, pod: str) -> Pod | None:
         try:

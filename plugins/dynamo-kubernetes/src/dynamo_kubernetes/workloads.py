@@ -72,17 +72,20 @@ class Write:
     async def send(self, kube: Kube, *, dry_run: bool = False) -> None:
         params = {"fieldManager": MANAGER, **({"dryRun": "All"} if dry_run else {})}
         dial = self.changes[0][0].dial
-        if dial.component is None:
-            # The version makes it a compare-and-set: whoever wrote since we read wins, and we read again.
+        if dial.component is None and not self.changes[0][0].desired:
+            # A scale leaves out its replicas when they are 0, so that there is nothing to test: the version of the whole object guards the write.
             body: Any = {"metadata": {"resourceVersion": dial.version}, "spec": {"replicas": self.changes[0][1]}}
             await kube.call("PATCH", dial.path, body, content_type=MERGE_PATCH, **params)
         else:
-            patch = [step for workload, count in self.changes for step in _steps(workload.dial, count)]
+            patch = [step for workload, count in self.changes for step in _steps(workload, count)]
             await kube.call("PATCH", dial.path, patch, content_type=JSON_PATCH, **params)
 
 
-def _steps(dial: Dial, count: int) -> list[Object]:
-    """Set a component's replicas, if it is still that component at that place and nobody has changed the number."""
+def _steps(workload: Workload, count: int) -> list[Object]:
+    """Set the replicas, if nobody has changed the number meanwhile, and a component is still at its place. Whoever writes other fields does not matter."""
+    dial = workload.dial
+    if dial.component is None:
+        return [{"op": "test", "path": "/spec/replicas", "value": workload.desired}, {"op": "replace", "path": "/spec/replicas", "value": count}]
     entry = f"/spec/components/{dial.index}"
     guards: list[Object] = [{"op": "test", "path": f"{entry}/name", "value": dial.component}]
     if dial.written is not None:
