@@ -97,24 +97,27 @@ class BootstrapStream(HandoverStream):
         """Give a prefill worker its part; `None` when nobody takes it and decode may do everything. :raises DynamoError: it may not."""
         room = secrets.randbits(63)
         asked = msgspec.structs.replace(only_the_prompt(request), transfer={"room": room})
+        problem: DynamoError = NoWorker("the prompt")
         for _ in range(self._settings.limit + 1):
             try:
                 leg = await self._prefill.dispatch(
                     asked, routing_request(asked, self._failed_prefill, self._context.tenant), self._context, self._card.block_size)
-            except NoWorker as e:
-                if not self._fallback:
-                    self._failed_prefill.clear()
-                    raise
-                log.warning("request %s: decode reads the prompt itself, because prefill is not to be had: %s", self._request.id, e)
-                self._alone = True
-                return None
-            except StreamError:
+            except StreamError as e:
+                problem = NoWorker("the prompt", [str(e)])
                 continue
+            except NoWorker as e:
+                problem = e
+                break
             self.decisions.append(leg.decision.id)
             self.workers.append(self._prefill.label(leg.worker))
             meeting = {"room": room, "prefill_rank": leg.worker.dp_rank, **self._handover(leg.worker).meeting_point}
             return Half(leg), meeting
-        raise NoWorker("the prompt", ["no prefill worker can be reached"])
+        if not self._fallback:
+            self._failed_prefill.clear()  # whoever comes back deserves another try
+            raise problem
+        log.warning("request %s: decode reads the prompt itself, because prefill is not to be had: %s", self._request.id, problem)
+        self._alone = True
+        return None
 
     def _end(self, outcome: str) -> None:
         half, self._half = self._half, None
