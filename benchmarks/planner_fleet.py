@@ -184,7 +184,7 @@ class SimulatedFleet:
         share = min(1.0, running * prompt / (BLOCKS * BLOCK))
         waiting = max(0, int(backlog / max(1, readers) - prompt))
         return [WorkerReport(f"p{i}", "prefill", waiting_prefill_tokens=waiting, at=at) for i in range(readers)] + [
-            WorkerReport(f"d{i}", "decode", running=round(running), kv_share=share, at=at) for i in range(decoders)]
+            WorkerReport(f"d{i}", "decode", running=round(running), kv_share=share, slots=256, at=at) for i in range(decoders)]
 
     def problems(self) -> Sequence[str]:
         return ()

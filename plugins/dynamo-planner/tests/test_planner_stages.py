@@ -94,6 +94,22 @@ def test_between_the_marks_nothing_moves(view, state):
         assert ByLoad().propose(seen, None).targets["aggregated"] == 4
 
 
+def test_one_is_not_taken_away_if_the_others_have_no_room_for_its_sequences(view, state):
+    busy = view(fleet={"aggregated": state(2)}, reports=[worker(running=5, slots=8)] * 2, performance=None)
+    assert ByLoad().propose(busy, None).targets["aggregated"] == 2
+    quiet = view(fleet={"aggregated": state(2)}, reports=[worker(running=2, slots=8)] * 2, performance=None)
+    assert ByLoad().propose(quiet, None).targets["aggregated"] == 1
+
+
+def test_latencies_above_their_targets_ask_for_more_of_the_role_that_is_slow(view, state):
+    fleet = {"prefill": state(4), "decode": state(4)}
+    reports = [worker("prefill")] * 4 + [worker("decode", running=1)] * 4
+    load = Load(1000, 10.0, 1.0, 1000.0, 100.0, ttft=9.0, itl=0.01)
+    targets = ByLoad().propose(view(fleet=fleet, reports=reports, load=load, performance=None), None).targets
+    assert targets["prefill"] == 8, "in proportion, and yet not eighteen times as many"
+    assert targets["decode"] == 3
+
+
 def test_prompts_that_queue_raise_the_prefill_workers_and_no_others(view, state):
     fleet = {"prefill": state(2), "decode": state(2)}
     reports = [worker("prefill", waiting_prefill_tokens=60_000)] * 2 + [worker("decode", running=10, kv_share=0.5)] * 2

@@ -65,6 +65,8 @@ class WorkerReport:
     waiting_prefill_tokens: int = 0
     kv_share: float = 0.0
     """Of its KV cache, what is in use."""
+    slots: int = 0
+    """Sequences that it works on at once; 0: it does not say."""
     at: float = 0.0
 
 

@@ -34,6 +34,7 @@ class _Known:
     loads: dict[int, tuple[Load, float]] = attrs.field(factory=dict[int, "tuple[Load, float]"])
     """By rank: what it said, and when."""
     ranks: Sequence[int] = (0,)
+    slots: int = 0
 
 
 class WorkerReports:
@@ -68,6 +69,7 @@ class WorkerReports:
             return
         known = self._workers.setdefault(instance.id, _Known(instance, card.role))
         known.ranks = range(card.dp_start, card.dp_start + max(1, card.dp_size))
+        known.slots = (card.max_sequences or 0) * len(known.ranks)
         if instance.component not in self._feeds:
             self._follow(instance.component)
 
@@ -131,5 +133,5 @@ def _report(known: _Known) -> WorkerReport:
     used, total = sum(load.kv_used_blocks for load in loads), sum(load.kv_total_blocks for load in loads)
     return WorkerReport(
         known.instance.label, known.role, sum(load.running for load in loads), sum(load.waiting for load in loads),
-        sum(load.waiting_prefill_tokens for load in loads), used / total if total else 0.0, max(when for _, when in known.loads.values()),
+        sum(load.waiting_prefill_tokens for load in loads), used / total if total else 0.0, known.slots, max(when for _, when in known.loads.values()),
     )

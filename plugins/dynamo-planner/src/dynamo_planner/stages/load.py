@@ -67,6 +67,8 @@ def pressure_of(view: View, role: str, reports: Sequence[WorkerReport], replicas
     if role != "prefill":
         parts["KV cache"] = sum(report.kv_share for report in reports) / n / 0.9
         running, waiting = sum(report.running for report in reports), sum(report.waiting for report in reports)
+        if all(report.slots for report in reports):
+            parts["sequences at once"] = (running + waiting) / n / (sum(report.slots for report in reports) / len(reports)) / 0.9
         if waiting > len(reports):
             parts["waiting requests"] = (running + waiting) / max(1, running) * len(reports) / n
         if view.performance is not None and load is not None and load.prompt_tokens:
@@ -76,8 +78,21 @@ def pressure_of(view: View, role: str, reports: Sequence[WorkerReport], replicas
             parts["sequences for the ITL target"] = running / n / capacity.occupancy(most, view.share)
     if role != "decode":
         parts |= _prefill(view, reports, n)
+    if replicas is None:
+        parts |= _seen(view, role)
     name = max(parts, key=lambda part: parts[part])
     return parts[name], name
+
+
+def _seen(view: View, role: str) -> dict[str, float]:
+    """What clients felt. It says that there are too few, and hardly how many: a queue grows for as long as it is there."""
+    load = view.observation.load
+    found: dict[str, float] = {}
+    if role != "decode" and load is not None and load.ttft is not None:
+        found["TTFT that was seen"] = min(1.5, load.ttft / view.ttft)
+    if role != "prefill" and load is not None and load.itl is not None:
+        found["ITL that was seen"] = min(1.5, load.itl / view.itl)
+    return found
 
 
 def _prefill(view: View, reports: Sequence[WorkerReport], n: int) -> dict[str, float]:
