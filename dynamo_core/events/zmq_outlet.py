@@ -10,7 +10,8 @@ import zmq
 
 from dynamo_core.discovery.contract import Discovery, Lease
 from dynamo_core.errors import DynamoError
-from dynamo_core.events.zmq_wire import HEADER, LARGEST, Advert, Reader, advert_prefix, topic_frame
+from dynamo_core.events.publishers import advert_prefix
+from dynamo_core.events.zmq_wire import HEADER, LARGEST, Advert, Reader, topic_frame
 
 log = logging.getLogger(__name__)
 

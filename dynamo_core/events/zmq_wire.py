@@ -27,10 +27,6 @@ class Advert(msgspec.Struct, frozen=True):
     address: str
 
 
-def advert_prefix(topic: str) -> str:
-    return f"v1/events/{topic}/"
-
-
 def topic_frame(topic: str) -> bytes:
     """ZeroMQ matches by prefix; the NUL at the end makes that an exact match."""
     return topic.encode() + b"\0"

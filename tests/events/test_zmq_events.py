@@ -156,7 +156,7 @@ async def test_a_stranger_without_the_key_hears_nothing_and_says_nothing(discove
 
 
 async def test_publishers_that_never_answer_are_named(discovery, monkeypatch):
-    monkeypatch.setattr("dynamo_core.events.zmq_subscription._SILENT", 0.0)
+    monkeypatch.setattr("dynamo_core.events.publishers._SILENT", 0.0)
     lease = await discovery.lease()
     await discovery.put(f"v1/events/t/{lease.id:x}", b'{"address": "tcp://127.0.0.1:9"}', lease)
     async with started(discovery) as (plane, _):

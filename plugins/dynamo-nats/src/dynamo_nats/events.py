@@ -13,9 +13,10 @@ from attrs import validators as v
 from dynamo_core.ending import ended
 from dynamo_core.errors import DynamoError
 from dynamo_core.events.contract import EventContext
+from dynamo_core.events.publishers import advert_prefix
 from dynamo_nats.connection import Connection, NatsOptions
 from dynamo_nats.durable import DurableStream
-from dynamo_nats.events_wire import GREETING, HEADER, LARGEST, advert_prefix, pieces, token_path
+from dynamo_nats.events_wire import GREETING, HEADER, LARGEST, pieces, token_path
 from dynamo_nats.subscription import NatsSubscription
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,6 @@ def token_path(topic: str) -> str:
     return ".".join(quote(part, safe="").replace(".", "%2E") or "%" for part in topic.split("/"))
 
 
-def advert_prefix(topic: str) -> str:
-    return f"v1/events/{topic}/"
-
-
 def pieces(publisher: int, sequence: int, payload: bytes, largest: int) -> list[bytes]:
     """The messages of one event, none of them larger than `largest` bytes."""
     size = largest - HEADER.size - _ROOM

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import struct
 from collections import deque
 from collections.abc import Callable
 
-import attrs
 from nats.aio.msg import Msg
 
-from dynamo_core.discovery.contract import Delete, Discovery, Put, Resync, Synced
-from dynamo_core.ending import ended
-from dynamo_core.errors import DynamoError
+from dynamo_core.discovery.contract import Discovery
 from dynamo_core.events.contract import Event, Notice
 from dynamo_core.events.inbox import Inbox
+from dynamo_core.events.publishers import Publishers
 from dynamo_nats.connection import Connection
 from dynamo_nats.durable import DurableStream
-from dynamo_nats.events_wire import EVENT, HEADER, Assembler, advert_prefix
+from dynamo_nats.events_wire import EVENT, HEADER, Assembler
 from dynamo_nats.stream import Replay
 
-_GREETINGS = 1.0
-"""Seconds for which `subscribe` waits for those publishers that are there already."""
-_SILENT = 5.0
-"""Seconds without a word after which a publisher counts as unreachable."""
 _EARLY = 512
 """Events that are kept of a publisher whom discovery has not told us about yet."""
 _STRANGERS = 32
 """How many such publishers there may be."""
 
 log = logging.getLogger(__name__)
-
-
-@attrs.define
-class _Peer:
-    since: float
-    greeted: bool = False
 
 
 class NatsSubscription:
@@ -46,19 +33,14 @@ class NatsSubscription:
         self.topic = topic
         self.call = call
         """Ask all publishers of the topic to greet us."""
-        self._discovery = discovery
         self._on_close = on_close
         self._inbox = Inbox(limit)
-        self._peers: dict[int, _Peer] = {}
         self._departed: deque[int] = deque(maxlen=4096)
         self._early: dict[int, deque[tuple[int, bytes | None]]] = {}
         self._assembler = Assembler()
-        self._synced = asyncio.Event()
-        self._ready = asyncio.Event()
-        self._trouble: str | None = None
         self._strange = 0
-        self._loop = asyncio.get_running_loop()
-        self._follow = asyncio.create_task(self._follow_publishers(), name=f"events: publishers of {topic}")
+        self._closed = False
+        self._publishers = Publishers(discovery, topic, self._joined, self._left)
         self._connection: Connection | None = None
         self._number: int | None = None
         self._replay: Replay | None = None
@@ -71,11 +53,7 @@ class NatsSubscription:
         else:
             self._replay = stream.replay(subject, self.receive)
         self.call()
-        try:
-            async with asyncio.timeout(_GREETINGS):  # wait_for may swallow a cancellation
-                await self._ready.wait()
-        except TimeoutError:
-            pass  # `problem` names whom we miss
+        await self._publishers.heard()
 
     def __aiter__(self) -> NatsSubscription:
         return self
@@ -93,11 +71,12 @@ class NatsSubscription:
         await self.close()
 
     async def close(self) -> None:
-        if self._follow.done() and self._number is None and self._replay is None:
+        if self._closed:
             return
+        self._closed = True
         self._inbox.close()
         self._on_close(self)
-        await ended(self._follow)
+        await self._publishers.close()
         number, self._number = self._number, None
         if number is not None and self._connection is not None:
             await self._connection.unsubscribe(number)
@@ -106,65 +85,32 @@ class NatsSubscription:
             await replay.close()
 
     def problem(self) -> str | None:
-        if self._trouble:
-            return self._trouble
-        now = self._loop.time()
-        silent = [f"{publisher:x}" for publisher, peer in self._peers.items() if not peer.greeted and now - peer.since > _SILENT]
+        if trouble := self._publishers.trouble():
+            return trouble
+        silent, of = self._publishers.silent()
         if silent:
-            return f"no word from {len(silent)} of {len(self._peers)} publishers of {self.topic}: {', '.join(silent[:3])} (another NATS, or another prefix?)"
+            names = ", ".join(f"{publisher:x}" for publisher in silent[:3])
+            return f"no word from {len(silent)} of {of} publishers of {self.topic}: {names} (another NATS, or another prefix?)"
         return None
 
     def call_the_silent(self) -> None:
-        if not all(peer.greeted for peer in self._peers.values()):
+        if not self._publishers.all_greeted:
             self.call()
 
     # ------------------------------------------------------------------ who is there
 
-    async def _follow_publishers(self) -> None:
-        unseen: set[int] = set()
-        prefix = advert_prefix(self.topic)
-        try:
-            async with self._discovery.watch(prefix) as changes:
-                async for change in changes:
-                    match change:
-                        case Put(key):
-                            if (publisher := _publisher(key, prefix)) is not None:
-                                unseen.discard(publisher)
-                                self._joined(publisher)
-                        case Delete(key):
-                            if (publisher := _publisher(key, prefix)) is not None:
-                                self._left(publisher)
-                        case Resync():
-                            unseen = set(self._peers)
-                        case Synced():
-                            for publisher in unseen:
-                                self._left(publisher)
-                            unseen = set()
-                            self._synced.set()
-                            self._check_ready()
-        except DynamoError as e:
-            self._trouble = f"no longer finds publishers of {self.topic}: {e}"
-            log.warning("lost sight of publishers of %s: %s", self.topic, e)
-
-    def _joined(self, publisher: int) -> None:
-        if publisher not in self._peers:
-            self._peers[publisher] = _Peer(self._loop.time())
-            early = self._early.pop(publisher, ())
-            for sequence, payload in early:
-                self._hear(publisher, sequence, payload)
-            if not early:
-                self.call()
+    def _joined(self, publisher: int, key: str, value: bytes) -> bool:
+        early = self._early.pop(publisher, ())
+        for sequence, payload in early:
+            self._hear(publisher, sequence, payload)
+        if not early:
+            self.call()
+        return True
 
     def _left(self, publisher: int) -> None:
-        if self._peers.pop(publisher, None) is not None:
-            self._departed.append(publisher)
-            self._assembler.forget(publisher)
-            self._inbox.left(publisher, self.topic)
-            self._check_ready()
-
-    def _check_ready(self) -> None:
-        if self._synced.is_set() and all(peer.greeted for peer in self._peers.values()):
-            self._ready.set()
+        self._departed.append(publisher)
+        self._assembler.forget(publisher)
+        self._inbox.left(publisher, self.topic)
 
     # ------------------------------------------------------------------ what they say
 
@@ -181,7 +127,7 @@ class NatsSubscription:
             payload = self._assembler.add(publisher, sequence, index, count, message.data[HEADER.size :])
             if payload is None:
                 return
-        if publisher in self._peers:
+        if publisher in self._publishers:
             self._hear(publisher, sequence, payload)
         elif publisher not in self._departed:
             self._keep(publisher, sequence, payload)
@@ -192,21 +138,10 @@ class NatsSubscription:
             self._inbox.up_to(publisher, self.topic, sequence)
         else:
             self._inbox.push(Event(publisher, sequence, self.topic, payload))
-        peer = self._peers[publisher]
-        if not peer.greeted:
-            peer.greeted = True
-            self._check_ready()
+        self._publishers.greeted(publisher)
 
     def _keep(self, publisher: int, sequence: int, payload: bytes | None) -> None:
         """NATS may be faster than discovery."""
         if publisher not in self._early and len(self._early) >= _STRANGERS:
             self._early.pop(next(iter(self._early)))
         self._early.setdefault(publisher, deque(maxlen=_EARLY)).append((sequence, payload))
-
-
-def _publisher(key: str, prefix: str) -> int | None:
-    """Whose advertisement this is; `None` for one of another topic that begins alike."""
-    try:
-        return int(key.removeprefix(prefix), 16)
-    except ValueError:
-        return None
