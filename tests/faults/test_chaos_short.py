@@ -20,5 +20,5 @@ async def test_one_fault_after_another_loses_nothing(tmp_path):
 
 @pytest.mark.slow
 async def test_memory_stays_flat_under_steady_load(tmp_path):
-    result = await soak(tmp_path / "soak", 30.0, SHORT)
+    result = await soak(tmp_path / "soak", 20.0, SHORT)
     assert result.wrong == []
