@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 import pytest
 
 from dynamo_core.discovery.contract import Delete, Put, Synced
-from dynamo_core.errors import ConfigError, ConnectorUnavailable, StoreUnavailable
+from dynamo_core.errors import ConfigError, ConnectorUnavailable, LeaseLost, StoreUnavailable
 from dynamo_core.testing.proxy import Proxy
 from dynamo_kubernetes import api
 from dynamo_kubernetes.access import find
-from dynamo_kubernetes.api import Kube, Refused
+from dynamo_kubernetes.api import MERGE_PATCH, Kube, Refused
 from dynamo_kubernetes.connector import KubernetesConnector
 from dynamo_kubernetes.discovery import KubernetesDiscovery
-from dynamo_kubernetes.records import read_record, record
+from dynamo_kubernetes.records import lease_name, now, read_claim, read_record, record
 from dynamo_kubernetes.reflect import Reflection
 
 pytestmark = pytest.mark.slow
@@ -152,3 +152,61 @@ async def test_a_namespace_that_does_not_exist_is_named(api_server, kube) -> Non
             await here.put("k/1", b"v")
         with pytest.raises(StoreUnavailable, match='"no-such" not found'):
             await here.lease()
+
+
+# ------------------------------------------------------------------ races, each at its worst moment
+
+
+async def test_a_lease_that_was_renewed_a_moment_ago_is_not_ended(store, kube) -> None:
+    async with store() as here, store() as there:
+        lease = await here.lease(30.0)
+        await here.put("k/1", b"v", lease)
+        path = f"{here._mirror.paths[1]}/{lease_name(lease.id)}"
+        stale = read_claim(await kube.call("GET", path))
+        await kube.call("PATCH", path, {"spec": {"renewTime": now()}}, content_type=MERGE_PATCH)
+        await there._mirror.end(stale)
+        assert await there.get("k/1") == b"v"
+        await there._mirror.end(read_claim(await kube.call("GET", path)))
+        assert await there.get("k/1") is None
+        async with asyncio.timeout(GUARD):
+            await lease.lost.wait()
+
+
+async def test_sweeping_after_the_dead_leaves_what_a_successor_wrote_meanwhile(store) -> None:
+    async with store() as here, store() as there:
+        dead, alive = await here.lease(30.0), await there.lease(30.0)
+        await here.put("k/1", b"dead", dead)
+        await here.put("k/2", b"dead", dead)
+        kube = here._kube
+        listing = kube.listing
+
+        async def list_and_be_overtaken(path, **params):
+            found = await listing(path, **params)
+            await there.put("k/1", b"alive", alive)
+            return found
+
+        kube.listing = list_and_be_overtaken
+        await dead.revoke()
+        kube.listing = listing
+        assert await there.items("k/") == {"k/1": b"alive"}
+
+
+async def test_what_a_dead_owner_still_has_on_its_way_does_not_replace_its_successors_record(store) -> None:
+    async with store() as here, store() as there:
+        old, new = await here.lease(30.0), await there.lease(30.0)
+        await here.put("k/1", b"old", old)
+        kube, overtaken = here._kube, []
+        call = kube.call
+
+        async def write_too_late(method, path, body=None, **options):
+            if method == "PUT" and not overtaken:
+                overtaken.append(True)
+                await kube.call("DELETE", f"{here._mirror.paths[1]}/{lease_name(old.id)}")
+                await there.put("k/1", b"new", new)
+            return await call(method, path, body, **options)
+
+        kube.call = write_too_late
+        with pytest.raises(LeaseLost):
+            await here.put("k/1", b"late", old)
+        assert overtaken
+        assert await there.get("k/1") == b"new"
