@@ -15,7 +15,7 @@ from dynamo_core.plugins import Plugins
 from dynamo_core.scaling import RoleState
 from dynamo_planner import build
 from dynamo_planner.config import Metrics, Planner
-from dynamo_planner.contract import Load, WorkerReport
+from dynamo_planner.contract import Load, Observation, WorkerReport
 from dynamo_planner.explain.page import page
 from dynamo_planner.explain.text import explain
 from dynamo_planner.explain.what_if import changes, what_if
@@ -199,7 +199,26 @@ async def test_decisions_are_kept_in_a_ring_and_a_file(engine, tmp_path: Path):
     with journal.open("a") as file:
         file.write('{"number": 13, "at"')
     assert len(read_journal(journal)) == 12, "a line that a crash has cut"
+    again = Fleet(rate=100.0)
+    await ticks(planner(again, engine, record=journal), again, 2)
+    assert [d.number for d in read_journal(journal)] == [*range(1, 13), 1, 2]
+    (tmp_path / "other").write_text("one\ntwo\n")
+    with pytest.raises(ConfigError, match="no line of it is a decision"):
+        read_journal(tmp_path / "other")
     assert json.loads(journal.read_text().splitlines()[4])["proposals"]
+
+
+async def test_a_planner_that_starts_again_goes_on_with_what_it_recorded(engine, tmp_path: Path):
+    fleet = Fleet(rate=100.0)
+    first = planner(fleet, engine, record=tmp_path / "d.jsonl")
+    await ticks(first, fleet, 40)
+    past, points = read_journal(tmp_path / "d.jsonl"), first.mind.history.points
+    assert len(points) == 13
+    soon, late = planner(Fleet(), engine).mind, planner(Fleet(), None).mind
+    assert soon.recall(past, fleet.at + 60.0) == 13
+    assert soon.history.points == points
+    assert late.recall(past, fleet.at + 3600.0) == 0, "a season would be shifted by the gap"
+    assert late.view(Observation(0.0, None, {})).performance is not None, "what the engines can do is remembered all the same"
 
 
 async def test_a_full_journal_is_put_aside(engine, tmp_path: Path):

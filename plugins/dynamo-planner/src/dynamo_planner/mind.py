@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import msgspec
@@ -17,6 +17,9 @@ from dynamo_planner.decide import Stages
 from dynamo_planner.history import History
 from dynamo_planner.performance.live import Live
 from dynamo_planner.record import Decision, LoadSeen, RoleSeen
+
+RECENT = 10
+"""Intervals for which a planner may have been away and still go on with its history."""
 
 log = logging.getLogger("dynamo.planner")
 
@@ -43,6 +46,19 @@ class Mind:
     def learn(self, point: Load, fleet: Mapping[str, RoleState]) -> None:
         """Take an interval as an example of what the engines can do."""
         self._live.learn(point, next((fleet[role].ready for role in ("decode", "aggregated") if role in fleet), 0))
+
+    def recall(self, past: Sequence[Decision], until: float) -> int:
+        """Learn from recorded decisions, and go on with their history if it ends shortly before `until`; a gap would shift every season.
+
+        Returns how many points of history there are now.
+        """
+        points = [(d.interval.load(), d.fleet) for d in past if d.interval is not None]
+        for point, fleet in points:
+            self.learn(point, {role: seen.state() for role, seen in fleet.items()})
+        if points and 0 <= until - points[-1][0].at <= RECENT * self.table.interval:
+            for point, _ in points:
+                self.history.restore(point)
+        return len(self.history.points)
 
     def view(self, observation: Observation) -> View:
         table = self.table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -156,6 +157,11 @@ class Journal:
     def __init__(self, path: Path, limit: int) -> None:
         self._path, self._limit, self._broken = path, limit, False
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (size := path.stat().st_size):
+            with path.open("r+b") as file:
+                file.seek(size - 1)
+                if file.read(1) != b"\n":  # a crash has cut the last line; what comes now must not be part of it
+                    file.write(b"\n")
 
     def add(self, decision: Decision) -> None:
         line = msgspec.json.encode(decision) + b"\n"
@@ -172,7 +178,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[Decision]:
-    """All decisions of a journal, what was put aside included; a last line that was cut is left out.
+    """All decisions of a journal, what was put aside included; lines that a crash has cut are left out.
 
     :raises ConfigError: there is no such file, or it is something else.
     """
@@ -181,16 +187,15 @@ def read_journal(path: Path) -> list[Decision]:
     aside = path.with_name(path.name + ".1")
     for file in (aside, path):
         try:
-            lines = file.read_bytes().split(b"\n")
+            lines = [line for line in file.read_bytes().split(b"\n") if line]
         except OSError as e:
             if file is aside:
                 continue
             raise ConfigError(Problem(f"the journal of the planner cannot be read: {e.strerror}", str(path), remedy="`dynamo planner run` writes it")) from e
-        for number, line in enumerate(lines, 1):
-            try:
-                if line:
-                    found.append(decoder.decode(line))
-            except msgspec.MsgspecError as e:
-                if number < len(lines):
-                    raise ConfigError(Problem(f"not a decision of the planner: {e}", f"{file}:{number}")) from e
+        before = len(found)
+        for line in lines:
+            with contextlib.suppress(msgspec.MsgspecError):
+                found.append(decoder.decode(line))
+        if len(lines) > 1 and len(found) == before:
+            raise ConfigError(Problem("no line of it is a decision of the planner", str(file)))
     return found

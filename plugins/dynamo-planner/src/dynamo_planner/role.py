@@ -13,7 +13,9 @@ import msgspec
 
 from dynamo_core.config import build
 from dynamo_core.config.schema import Config
-from dynamo_core.errors import RequestError
+from dynamo_core.discovery.contract import Delete, Put
+from dynamo_core.ending import ended
+from dynamo_core.errors import RequestError, StoreUnavailable
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
 from dynamo_core.runtime.runtime import Runtime
@@ -25,6 +27,7 @@ from dynamo_planner.metrics import PlannerMetrics
 from dynamo_planner.observe.frontends import FrontendLoad, http_client
 from dynamo_planner.observe.workers import WorkerReports
 from dynamo_planner.planning import Planning
+from dynamo_planner.record import read_journal
 from dynamo_planner.stages.load import ByLoad
 
 log = logging.getLogger("dynamo.planner")
@@ -40,6 +43,8 @@ async def serve_planner(config: Config, plugins: Plugins, stop: asyncio.Event) -
         client = await exits.enter_async_context(http_client(table.metrics))
         runtime = await exits.enter_async_context(Runtime.open(config, plugins))
         planning = Planning(parts.mind(table, plugins), connector, FrontendLoad(table.metrics, table.model, client), on_decision=metrics.saw)
+        if table.record is not None and table.record.exists():
+            log.info("going on with %d points of history", planning.mind.recall(read_journal(table.record), time.time()))
         if any(isinstance(stage, ByLoad) for stage in planning.mind.stages.propose):
             planning.workers = await exits.enter_async_context(WorkerReports.open(runtime, table.model, time.time))
         exits.push_async_callback(connector.close)
@@ -49,12 +54,35 @@ async def serve_planner(config: Config, plugins: Plugins, stop: asyncio.Event) -
             url = await exits.enter_async_context(serve_status(config.status, app))
             await runtime.register("status", lambda id: (names.of_status(config.namespace, "planner", id), url.encode()))
             log.info("planning; decisions at %s", url)
-        await _ticks(planning, table.tick, stop)
+        woken = asyncio.Event()
+        waking = asyncio.create_task(wake(runtime, woken), name="demand")
+        try:
+            await _ticks(planning, table.tick, stop, woken)
+        finally:
+            await ended(waking)
     return 0
 
 
-async def _ticks(planning: Planning, seconds: float, stop: asyncio.Event) -> None:
-    """One tick after the other, at even times; one that took too long costs the next one, not the rhythm."""
+async def wake(runtime: Runtime, woken: asyncio.Event) -> None:
+    """Set `woken` when frontends begin to hold requests for a model: a cold start is long enough without a wait for the next tick."""
+    while True:
+        known: set[str] = set()
+        with contextlib.suppress(StoreUnavailable):
+            async with runtime.discovery.watch(names.demand(runtime.config.namespace)) as changes:
+                async for change in changes:
+                    match change:
+                        case Put(key) if key not in known:  # later ones say only that there are more
+                            known.add(key)
+                            woken.set()
+                        case Delete(key):
+                            known.discard(key)
+                        case _:
+                            pass
+        await asyncio.sleep(0.5)
+
+
+async def _ticks(planning: Planning, seconds: float, stop: asyncio.Event, woken: asyncio.Event) -> None:
+    """One tick after the other, at even times; one that took too long costs the next one, not the rhythm. Demand for a cold model brings it forward."""
     loop = asyncio.get_running_loop()
     due = loop.time()
     said = ""
@@ -67,9 +95,12 @@ async def _ticks(planning: Planning, seconds: float, stop: asyncio.Event) -> Non
         for stuck in decision.stuck:
             log.log(logging.WARNING if decision.number % 30 == 0 else logging.DEBUG, "stuck: %s", stuck)
         due = max(due + seconds, loop.time())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(due):
-                await stop.wait()
+        reasons = [asyncio.create_task(stop.wait()), asyncio.create_task(woken.wait())]
+        await asyncio.wait(reasons, timeout=due - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+        await ended(*reasons)
+        if woken.is_set():
+            woken.clear()
+            due = loop.time()
 
 
 def problems(planning: Planning) -> dict[str, str]:
