@@ -58,6 +58,9 @@ securityContext:
   valueFrom: { fieldRef: { fieldPath: status.podIP } }
 - name: HOME
   value: /tmp
+{{- with .Values.env }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "dynamo.checksum" -}}

@@ -119,7 +119,10 @@ def test_the_values_in_the_documentation_give_stacks_that_load(helm, tmp_path) -
     command = [helm, "template", "chat", str(DEPLOY / "chart"), "--values", str(values)]
     objects = documents(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     files = next(document for document in objects if document["kind"] == "ConfigMap")["data"]
-    config, _ = load_with_plugins(path=Path("planner.yaml"), text=files["planner.yaml"], environ={})
+    config, _ = load_with_plugins(path=Path("planner.yaml"), text=files["planner.yaml"], environ={"KV_SECRET": "of the Secret"})
+    assert config.kv.secret == "of the Secret"
+    for deployment in (document for document in objects if document["kind"] == "Deployment"):
+        assert "KV_SECRET" in {entry["name"] for entry in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert config.planner is not None
     assert config.planner.options["roles"] == ["prefill", "decode"]
 

@@ -15,7 +15,7 @@ from dynamo_kubernetes.access import find
 from dynamo_kubernetes.api import MERGE_PATCH, Kube, Refused
 from dynamo_kubernetes.connector import KubernetesConnector
 from dynamo_kubernetes.discovery import KubernetesDiscovery
-from dynamo_kubernetes.records import lease_name, now, read_claim, read_record, record
+from dynamo_kubernetes.records import lease_name, now, read_claim, read_record, record_object
 from dynamo_kubernetes.reflect import Reflection
 
 pytestmark = pytest.mark.slow
@@ -93,13 +93,13 @@ async def test_a_version_that_the_server_has_forgotten_is_read_anew(kube, api_se
     told: list[tuple[object, object]] = []
     async with Forgetful(find(api_server.kubeconfig(), None, kube.namespace), 5.0) as forgetful:
         records = Reflection(forgetful, kube.path("v1", "configmaps"), "dynamo/store=s", read_record, lambda _, before, after: told.append((before, after)))
-        await kube.call("POST", kube.path("v1", "configmaps"), record("s", "k/0", b"0", None))
+        await kube.call("POST", kube.path("v1", "configmaps"), record_object("s", "k/0", b"0", None))
         await records.fresh()
         async with asyncio.timeout(GUARD):
             number = 1
             while not answers or len(told) < number:
                 if len(told) == number:
-                    await kube.call("POST", kube.path("v1", "configmaps"), record("s", f"k/{number}", b"v", None))
+                    await kube.call("POST", kube.path("v1", "configmaps"), record_object("s", f"k/{number}", b"v", None))
                     number += 1
                 await asyncio.sleep(0.05)
         await records.close()
@@ -123,7 +123,7 @@ async def test_a_server_that_swallows_everything_is_left_within_the_timeout(stor
 async def test_what_others_keep_in_the_namespace_is_left_alone(store, kube) -> None:
     async with store() as here, store(store="other") as other, here.watch("") as changes:
         await kube.call("POST", kube.path("v1", "configmaps"), {"metadata": {"name": "settings"}, "data": {"a": "b"}})
-        forged = record("dynamo", "k/real", b"v", None)
+        forged = record_object("dynamo", "k/real", b"v", None)
         forged["metadata"]["annotations"] = {"dynamo/key": "k/another"}
         await kube.call("POST", kube.path("v1", "configmaps"), forged)
         await other.put("k/1", b"theirs")

@@ -21,7 +21,7 @@ from dynamo_kubernetes.api import CONFLICT, NOT_FOUND, Kube, Object, Refused, Un
 from dynamo_kubernetes.connection import Connection
 from dynamo_kubernetes.lease import KubeLease, speaking
 from dynamo_kubernetes.mirror import Mirror, seen
-from dynamo_kubernetes.records import Claim, Home, lease, lease_name, read_claim, read_pod, read_record, record, record_name
+from dynamo_kubernetes.records import Claim, Home, lease_name, lease_object, read_claim, read_pod, read_record, record_name, record_object
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class KubernetesDiscovery(Connection):
                 # The lease is asked after the version was read, and the write counts only on that version: whatever a dead owner still has on the way
                 # cannot replace what its successor wrote.
                 claim = await self._check(lease, key)
-                content = record(self.store, key, value, claim)
+                content = record_object(self.store, key, value, claim)
                 try:
                     if version:
                         content["metadata"]["resourceVersion"] = version
@@ -172,7 +172,7 @@ class KubernetesDiscovery(Connection):
             # Our own random id: an answer that is lost on its way never leads to one id for two leases.
             id = secrets.randbits(62) + 1
             holder = f"{home.pod}/{home.container}" if home is not None else f"{socket.gethostname()}/{os.getpid()}"
-            granted = await kube.call("POST", self._mirror.paths[1], lease(self.store, id, math.ceil(ttl), home, holder))
+            granted = await kube.call("POST", self._mirror.paths[1], lease_object(self.store, id, math.ceil(ttl), home, holder))
         held = KubeLease(kube, f"{self._mirror.paths[1]}/{lease_name(id)}", read_claim(granted), self._ended, self._mirror.sweep)
         self._mirror.leases[id] = held
         return held

@@ -77,7 +77,7 @@ def record_name(store: str, key: str) -> str:
 # ------------------------------------------------------------------ written
 
 
-def record(store: str, key: str, value: bytes, claim: Claim | None) -> Object:
+def record_object(store: str, key: str, value: bytes, claim: Claim | None) -> Object:
     metadata: Object = {"name": record_name(store, key), "labels": {STORE: store}, "annotations": {KEY: key}}
     if claim is not None:
         metadata["labels"][LEASE] = f"{claim.id:016x}"
@@ -85,7 +85,7 @@ def record(store: str, key: str, value: bytes, claim: Claim | None) -> Object:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "binaryData": {"value": b64encode(value).decode()}}
 
 
-def lease(store: str, id: int, seconds: int, home: Home | None, holder: str) -> Object:
+def lease_object(store: str, id: int, seconds: int, home: Home | None, holder: str) -> Object:
     metadata: Object = {"name": lease_name(id), "labels": {STORE: store, LEASE: f"{id:016x}"}}
     if home is not None:
         metadata["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", "name": home.pod, "uid": home.uid}]
