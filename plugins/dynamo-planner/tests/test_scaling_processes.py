@@ -256,3 +256,17 @@ async def test_a_planner_wakes_a_cold_model_for_its_first_request_and_lets_it_sl
             assert await status() == ["ready"]
             assert (site.served, site.failures) == (3, [])
             await asleep()
+
+
+async def test_a_planner_that_decides_rarely_decides_at_once_when_somebody_waits(tmp_path: Path) -> None:
+    port = free_port()
+    file = tmp_path / "stack.toml"
+    file.write_text((STACK + PLANNER).format(folder=tmp_path, port=port).replace("tick = 0.5", 'tick = "1h"').replace("interval = 2.0", 'interval = "1h"'))
+    with running("frontend", str(file), until=r"listening on (http://[\d.:]+)") as url, running("planner", "run", str(file), until=r"(first look)"):
+        async with httpx.AsyncClient(base_url=url, timeout=110) as client:
+            site = Site(file, url, client, LocalConnector(file=file))
+            async with asyncio.timeout(120):
+                while not (await client.get("/v1/models")).json()["data"]:
+                    await asyncio.sleep(0.1)
+                await site.ask()
+            assert (site.served, site.failures) == (1, [])
