@@ -53,6 +53,8 @@ class Planning:
     source: LoadSource
     workers: ReportSource | None = None
     """None: no stage looks at reports."""
+    number: int = 0
+    """Of the last decision; a planner that goes on with a journal goes on with its numbers."""
     on_decision: Callable[[Decision], None] = lambda decision: None
     ring: Ring = attrs.field(init=False)
     _journal: Journal | None = attrs.field(init=False)
@@ -60,7 +62,6 @@ class Planning:
     _fleet: Mapping[str, RoleState] = attrs.field(init=False, factory=dict[str, RoleState])
     _asked: dict[str, tuple[float, int]] = attrs.field(init=False, factory=dict[str, tuple[float, int]])
     """By role, when more were asked for, and how many: a cold start is measured from it."""
-    _number: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         table = self.mind.table
@@ -76,8 +77,8 @@ class Planning:
         if point is not None:
             self.mind.learn(point, self._fleet)
         decision = await self._act(self.mind.decide(observation), at)
-        self._number += 1
-        decision = msgspec.structs.replace(decision, number=self._number, interval=LoadSeen.of(point), cold_start=self.mind.cold_start,
+        self.number += 1
+        decision = msgspec.structs.replace(decision, number=self.number, interval=LoadSeen.of(point), cold_start=self.mind.cold_start,
                                            seconds=time.perf_counter() - began)
         decision = msgspec.structs.replace(decision, stuck=self._stuck.look(decision))
         self.ring.add(decision)

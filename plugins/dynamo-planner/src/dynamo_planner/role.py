@@ -44,7 +44,9 @@ async def serve_planner(config: Config, plugins: Plugins, stop: asyncio.Event) -
         runtime = await exits.enter_async_context(Runtime.open(config, plugins))
         planning = Planning(parts.mind(table, plugins), connector, FrontendLoad(table.metrics, table.model, client), on_decision=metrics.saw)
         if table.record is not None and table.record.exists():
-            log.info("going on with %d points of history", planning.mind.recall(read_journal(table.record), time.time()))
+            past = read_journal(table.record)
+            planning.number = past[-1].number if past else 0
+            log.info("going on with %d points of history", planning.mind.recall(past, time.time()))
         if any(isinstance(stage, ByLoad) for stage in planning.mind.stages.propose):
             planning.workers = await exits.enter_async_context(WorkerReports.open(runtime, table.model, time.time))
         exits.push_async_callback(connector.close)
