@@ -59,7 +59,7 @@ class Oracle:
 @attrs.frozen
 class Trial:
     name: str
-    predictor: str = "kalman-trend"
+    predictor: str = "kalman"
     propose: tuple[Use, ...] = (Use("sla"), Use("load"))
     kind: Literal["planner", "oracle", "peak", "mean"] = "planner"
     """`peak` and `mean`: a fleet for that load, which never changes."""
@@ -74,8 +74,8 @@ TRIALS: tuple[Trial, ...] = (
     Trial("load", propose=(Use("load"),)),
     *(Trial(f"sla, {name}", name, _SLA) for name in _ON_DAYS),
     *(Trial(f"sla and load, {name}", name) for name in _ON_DAYS),
-    Trial("sla and load, kalman-trend, for the mean", propose=(_MEAN, Use("load"))),
-    Trial("sla and load, kalman-trend, patience 600 s", patience=600.0),
+    Trial("sla and load, kalman, for the mean", propose=(_MEAN, Use("load"))),
+    Trial("sla and load, kalman, patience 600 s", patience=600.0),
 )
 
 
@@ -220,14 +220,14 @@ def main() -> int:
 
 def _picture(found: Mapping[str, Sequence[Result]], today: Day) -> str:
     colours = ("#3572b0", "#c8641e", "#3a8f4b", "#8d4ea8")
-    chosen = [name for name in ("oracle", "load", "sla, kalman-trend", "sla and load, kalman-trend") if name in found]
+    chosen = [name for name in ("oracle", "load", "sla, kalman", "sla and load, kalman") if name in found]
     lines = [Line(name, found[name][0].replicas, colour, steps=True) for name, colour in zip(chosen, colours, strict=False)]
     lines.append(Line("requests/s", [(i * 60.0, float(count) / 60) for i, count in enumerate(today.counts(60))], "#999999"))
     figure = plot("A drawn day: load, and replicas of both roles", "requests/s, replicas", lines)
     inner = figure[figure.index("<svg") : figure.index("</svg>")]
-    legend = "".join(f'<text x="70" y="{22 + 13 * i}" fill="{line.colour}">{line.name}</text>' for i, line in enumerate(lines))
+    legend = "".join(f'<text x="70" y="{22 + 13 * i}" style="fill:{line.colour}">{line.name}</text>' for i, line in enumerate(lines))
     style = "<style>text{font:11px sans-serif;fill:#777}.grid{stroke:#999;opacity:.3}</style>"
-    return inner.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + legend.replace("<text ", "<text style='fill:inherit' ") + "</svg>\n"
+    return inner.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + legend + "</svg>\n"
 
 
 if __name__ == "__main__":

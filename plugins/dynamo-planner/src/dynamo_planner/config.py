@@ -102,7 +102,7 @@ class Planner:
     """Points of history that are kept."""
     cold_start: float = _duration(60.0, validator=v.ge(0))
     """Seconds from a decision to a replica that serves, until one was seen; then what was seen."""
-    predictor: Use = choice("predictor", "kalman-trend")
+    predictor: Use = choice("predictor", "kalman")
     """What the load will be."""
     predict: Use = choice("planner_stage", "forecast")
     """How the forecast is asked."""
