@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,13 @@ def test_workers_come_with_the_load_and_go_with_it_and_every_change_is_explained
     until(lambda: any(d.targets.get("aggregated") == 0 for d in decisions(tmp_path)), tmp_path)
     until(lambda: decisions(tmp_path)[-1].fleet["aggregated"].ready == 0, tmp_path)
     assert ask(url, 5) == 200, "the frontend holds the request, and the planner wakes the fleet"
+
+    status = re.findall(r"decisions at (http://[\d.:]+)", (tmp_path / "planner.log").read_text())[-1]
+    assert 'dynamo_planner_decisions_total{action="scaled"}' in httpx.get(f"{status}/metrics").text
+    asked = httpx.post(f"{status}/control/explain", json={}).json()
+    assert asked["fleet"]["aggregated"]["gpus_per_replica"] == 1
+    assert len(httpx.post(f"{status}/control/decisions", json={"last": 3}).json()) == 3
+    assert httpx.post(f"{status}/control/explain", json={"number": 10**6}).status_code == 400
 
     scaled = [d for d in decisions(tmp_path) if d.action == "scaled"]
     up, down = next(d for d in scaled if d.targets["aggregated"] > 1), scaled[-2 if scaled[-1].targets["aggregated"] else -1]
