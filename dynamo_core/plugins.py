@@ -58,6 +58,9 @@ KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("engine", "trtllm"): "dynamo-trtllm",
     ("discovery", "etcd"): "dynamo-etcd",
     ("connector", "kubernetes"): "dynamo-kubernetes",
+    ("connector", "local"): "dynamo-planner",
+    ("connector", "virtual"): "dynamo-planner",
+    ("connector", "global"): "dynamo-planner",
     ("discovery", "kubernetes"): "dynamo-kubernetes",
     ("discovery", "nats"): "dynamo-nats",
     ("event_plane", "nats"): "dynamo-nats",
@@ -69,6 +72,7 @@ KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("scorer", "kv-overlap"): "dynamo-kv-router",
     ("http_server", "uvicorn"): "dynamo-core[uvicorn]",
     ("planner", "standard"): "dynamo-planner",
+    ("planner", "global"): "dynamo-planner",
 }
 """Components of distributions that may not be installed, so that the error can say what to install."""
 
