@@ -110,6 +110,11 @@ class _Connection(HttpToolsProtocol):
         self._forget_clock()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            self.transport.close()  # answered before its body had ended, and nobody reads the rest
+
     def _unsupported_upgrade_warning(self) -> None:
         """Nobody is told: the request is served without the upgrade."""
 
