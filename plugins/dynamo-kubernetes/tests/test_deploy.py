@@ -190,14 +190,14 @@ async def test_the_fleet_may_meet_and_nothing_else(render, kube, account) -> Non
         await apply(kube, document)
     await account("fleet-fleet")
     async with KubernetesDiscovery(store="fleet", pod="") as here, KubernetesDiscovery(store="fleet", pod="") as there, there.watch("k/") as changes:
-        lease = await here.lease(2.0)
+        lease = await here.lease(3.0)
         await here.put("k/1", b"v", lease)
         await here.put("k/1", b"w", lease)
         async with asyncio.timeout(30):
             async for change in changes:
                 if getattr(change, "value", None) == b"w":
                     break
-        await asyncio.sleep(2.5)  # its heartbeats are allowed
+        await asyncio.sleep(3.5)  # its heartbeats are allowed
         assert not lease.lost.is_set()
         assert await there.items("k/") == {"k/1": b"w"}
         await there.delete("k/1")

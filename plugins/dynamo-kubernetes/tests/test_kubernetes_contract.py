@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 class TestWithHeartbeats(DiscoveryContract):
     """Of processes outside of the cluster."""
 
-    ttl = 1.0
+    ttl = 2.0  # of whole seconds, the shortest that a busy machine keeps alive
     backlog = 200
     pod = ""
 
@@ -29,7 +29,7 @@ class TestWithHeartbeats(DiscoveryContract):
     @pytest.fixture
     def connect(self, api_server, kube, proxy):
         config = api_server.kubeconfig(port=proxy.port, namespace=kube.namespace)
-        return lambda: KubernetesDiscovery(config, timeout=3.0, pod="", backlog=self.backlog)
+        return lambda: KubernetesDiscovery(config, timeout=5.0, pod="", backlog=self.backlog)
 
     @asynccontextmanager
     async def outage(self):
