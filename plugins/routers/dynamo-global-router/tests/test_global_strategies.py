@@ -322,10 +322,12 @@ def test_a_prefill_router_has_no_time_between_tokens_and_a_decode_router_no_firs
 
 def test_a_cheaper_pool_that_seemed_too_slow_long_ago_is_tried_once_in_a_while() -> None:
     strategy = bound(Predicted(refresh=60.0))
-    old, new = facts("slow", 900, age_s=61.0, samples=5), facts("slow", 900, age_s=59.0, samples=5)
+    old, new = facts("slow", 900, age_s=61.0, samples=50), facts("slow", 900, age_s=59.0, samples=50)
     answer = strategy.choose(asked(100), [facts("fast", 50), old])
     assert (answer.order, answer.kind) == ([1, 0], "refresh")
     assert chosen(strategy, asked(100), facts("fast", 50), new)[0] == "fast"
+    assert chosen(strategy, asked(100), facts("fast", 50), facts("slow", 900, age_s=31.0, samples=10))[0] == "slow", "little is known of it"
+    assert chosen(strategy, asked(100), facts("fast", 50), facts("slow", 900, age_s=0.5, samples=0))[0] == "fast", "one is on its way"
     assert chosen(strategy, asked(100, priority=1), facts("fast", 50), old)[0] == "fast", "who is urgent tries nothing out"
     assert chosen(bound(Predicted(refresh=0.0)), asked(100), facts("fast", 50), old)[0] == "fast"
     assert chosen(strategy, asked(1000), facts("slow", 50), facts("fast", 2000, age_s=1e9))[0] == "slow", "an expensive pool is not worth a trial"

@@ -11,6 +11,12 @@ from dynamo_core.cards import Role
 from dynamo_global_router.contract import Choice, PoolFacts, PoolName, PoolRequest
 
 
+KNOWN = 20
+"""Samples that make an estimate as good as it gets."""
+SOONEST = 1 / 60
+"""Share of the full time after which a pool that nothing is known of may be tried again."""
+
+
 @attrs.define
 class Predicted:
     """When no pool is expected to meet the targets, it is the one that comes closest; the record says so."""
@@ -18,7 +24,7 @@ class Predicted:
     caution: float = attrs.field(default=1.0, validator=v.ge(0))
     """How many usual errors an estimate is raised by before it is held against its target."""
     refresh: float = attrs.field(default=60.0, validator=v.ge(0), metadata={"duration": True})
-    """Seconds after which a cheaper pool that seemed too slow is tried out by one request of no priority; 0: never."""
+    """Seconds after which a cheaper pool that seemed too slow is tried out by one request of no priority, sooner while few requests went there; 0: never."""
     retry: bool = True
     """When the pool fails before the first output, try the next best."""
 
@@ -63,9 +69,13 @@ class Predicted:
             said.append(f"ITL {itl:.1f} > {request.itl_target_ms:g} ms")
         return ", ".join(said) or "meets the targets"
 
+    def _due(self, pool: PoolFacts) -> float:
+        """Seconds after which it may be tried again: sooner while little is known of it."""
+        return self.refresh * min(1.0, max(SOONEST, pool.estimate.samples / KNOWN))
+
     def _stale(self, request: PoolRequest, pools: Sequence[PoolFacts], best: int, missing: Sequence[int]) -> int | None:
         """A cheaper pool that was found too slow so long ago that it may have recovered."""
         if not self.refresh or request.priority > 0:
             return None
-        stale = [row for row in missing if pools[row].cost < pools[best].cost and pools[row].estimate.age_s > self.refresh]
+        stale = [row for row in missing if pools[row].cost < pools[best].cost and pools[row].estimate.age_s > self._due(pools[row])]
         return min(stale, key=lambda row: (-pools[row].estimate.age_s, pools[row].cost, pools[row].name)) if stale else None

@@ -23,6 +23,10 @@ BELIEF = 0.1
 OUTLIER = 4.0
 """A sample counts at most as so many times what was expected, once there are `SETTLED` of them: a pause is not a speed."""
 SETTLED = 10
+FIRST = 3
+"""Samples that are held against a guess more than against what was learned: they do not say how good estimates will be."""
+LATELY = 20.0
+"""Samples over which the usual error is averaged."""
 _KEEP = math.exp(-1.0 / MEMORY)
 
 
@@ -61,8 +65,8 @@ class Line:
         expected = self.at(x)
         if self.samples >= SETTLED:
             y = min(y, OUTLIER * expected)
-        if self.samples:  # the first one is held against a guess, which says nothing of how good estimates will be
-            self.error += (abs(y - expected) / max(expected, 0.1) - self.error) / min(MEMORY, self.samples)
+        if (judged := self.samples + 1 - FIRST) > 0:
+            self.error += (abs(y - expected) / max(expected, 0.1) - self.error) / min(LATELY, judged)
         self.samples += 1
         self._count = _KEEP * self._count + 1
         a, b, c, d, e = (_KEEP * seen for seen in self._seen)
