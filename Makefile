@@ -84,12 +84,12 @@ SOAK ?= 20
 chaos: servers $(VENV)/.developing
 	$(BIN)/python -m benchmarks.chaos.everything --soak $(SOAK)
 
-# The real etcd and NATS that the tests of those planes start on free ports. Their own services stay off.
-SERVERS := etcd-server nats-server
+# The real servers that tests start on free ports: etcd and NATS for the planes, Prometheus for the planner. Their own services stay off.
+SERVERS := etcd-server nats-server prometheus
 servers:
-	@PATH="$$PATH:/usr/sbin"; if command -v etcd >/dev/null && command -v nats-server >/dev/null; then exit 0; fi; \
-	  command -v apt-get >/dev/null || { echo "the tests need etcd and nats-server in PATH; install them with the tools of your system"; exit 1; }; \
-	  test "$$(id -u)" = 0 || { echo "the tests need etcd and nats-server: sudo apt-get install $(SERVERS)"; exit 1; }; \
+	@PATH="$$PATH:/usr/sbin"; if command -v etcd >/dev/null && command -v nats-server >/dev/null && command -v prometheus >/dev/null; then exit 0; fi; \
+	  command -v apt-get >/dev/null || { echo "the tests need etcd, nats-server and prometheus in PATH; install them with the tools of your system"; exit 1; }; \
+	  test "$$(id -u)" = 0 || { echo "the tests need etcd, nats-server and prometheus: sudo apt-get install $(SERVERS)"; exit 1; }; \
 	  echo "installing $(SERVERS)"; apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq -y --no-install-recommends $(SERVERS) >/dev/null
 

@@ -114,8 +114,8 @@ def serve(which: str, kind: str, paced: bool, merge: int, pipe: Any) -> None:
     from dynamo_core.config.schema import Frontend
     from dynamo_core.frontend.app import create_app
     from dynamo_core.frontend.metrics import HttpMetrics
-    from dynamo_core.frontend.servers.uvicorn import UvicornServer
     from dynamo_core.frontend.servers.hypercorn import HypercornServer
+    from dynamo_core.frontend.servers.uvicorn import UvicornServer
 
     async def main() -> None:
         clock = Clock()

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".dynamo/bench"
 RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
-MICRO = ("transport", "preprocess", "routing", "kv_index", "http")
+MICRO = ("transport", "preprocess", "routing", "kv_index", "http_surface")
 """Benchmarks of one room each; they print tables of their own."""
 ALONE = (*MICRO, "planner")
 """Those that can be chosen by name. The planner's takes a quarter of an hour, and is no part of the others."""

@@ -20,7 +20,7 @@ def dynamo_register(registry: Registry) -> None:
     registry.add("authenticator", "jwt", "dynamo_core.frontend.jwt:Jwt", summary="tokens of an identity provider; pip install dynamo-core[jwt]")
     registry.add("rate_limiter", "per-tenant", "dynamo_core.frontend.limits:PerTenant", summary="requests and tokens in a time, for each tenant")
     registry.http_server("hypercorn", "dynamo_core.frontend.servers.hypercorn:HypercornServer", summary="HTTP/1.1 and HTTP/2, TLS, mTLS")
-    registry.http_server("uvicorn", "dynamo_core.frontend.servers.uvicorn:UvicornServer", summary="HTTP/1.1 and TLS at the least cost; pip install dynamo-core[uvicorn]")
+    registry.http_server("uvicorn", "dynamo_core.frontend.servers.uvicorn:UvicornServer", summary="HTTP/1.1, the cheapest; pip install dynamo-core[uvicorn]")
 
     for name, target, summary in (
         ("ready", "filters:Ready", "drops workers that are inhibited, draining or not yet proven"),
