@@ -15,12 +15,13 @@ from ruamel.yaml import YAML
 from dynamo_core.config import load_with_plugins
 from dynamo_core.errors import ConfigError, ScaleRefused
 from dynamo_kubernetes import access
-from dynamo_kubernetes.api import APPLY, Kube, Refused, Unreachable
+from dynamo_kubernetes.api import Kube, Refused, Unreachable
 from dynamo_kubernetes.connector import KubernetesConnector
 from dynamo_kubernetes.discovery import KubernetesDiscovery
 
 pytestmark = pytest.mark.slow
 
+APPLY = "application/apply-patch+yaml"
 DEPLOY = Path(__file__).parents[3] / "deploy"
 APIS = {"ServiceAccount": "serviceaccounts", "Role": "roles", "RoleBinding": "rolebindings", "ConfigMap": "configmaps", "Deployment": "deployments",
         "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets"}
