@@ -10,7 +10,6 @@ from attrs import validators as v
 from dynamo_core.cards import Role
 from dynamo_global_router.contract import Choice, PoolFacts, PoolName, PoolRequest
 
-
 KNOWN = 20
 """Samples that make an estimate as good as it gets."""
 SOONEST = 1 / 60
