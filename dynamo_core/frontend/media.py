@@ -12,7 +12,7 @@ import hashlib
 import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import httpcore
@@ -116,7 +116,7 @@ class _Guarded(httpcore.AsyncNetworkBackend):
 
     def __init__(self, settings: Media) -> None:
         self._settings = settings
-        self._inner: httpcore.AsyncNetworkBackend = httpcore.AnyIOBackend()
+        self._inner = cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
 
     async def connect_tcp(self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
                           socket_options: Iterable[Any] | None = None) -> httpcore.AsyncNetworkStream:  # fmt: skip
