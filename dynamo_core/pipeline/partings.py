@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 2.0
 """Seconds that a worker has to answer."""
+AGAIN = 0.5
+"""Seconds after which one that is kept is asked anew: a pod is out of discovery before its worker is told to end."""
 
 
 class Partings:
@@ -62,14 +64,21 @@ class Partings:
             found[1].cancel()
 
     async def _ask(self, instance: Instance) -> None:
-        endpoint = f"{instance.namespace}.{instance.component}.{names.PROBE}"
         try:
-            await self._runtime.channels.call(instance.address, endpoint, instance.endpoint.encode(), Context("parting"), timeout=PATIENCE)
+            await self._serving(instance)
             log.warning("discovery has lost worker %s, which still serves; it is kept for %g s", instance.label, self._runtime.config.lease_ttl)
             self._kept.add(instance.label)
-            await asyncio.sleep(self._runtime.config.lease_ttl)
+            async with asyncio.timeout(self._runtime.config.lease_ttl):
+                while True:
+                    await asyncio.sleep(AGAIN)
+                    await self._serving(instance)
         except (DynamoError, TimeoutError):
             pass  # it is gone, or says that it has left
         self._asked.pop((instance.id, instance.endpoint), None)
         self._kept.discard(instance.label)
         self._gone(instance)
+
+    async def _serving(self, instance: Instance) -> None:
+        """:raises DynamoError: it does not, or does not mean to. :raises TimeoutError: it does not answer."""
+        endpoint = f"{instance.namespace}.{instance.component}.{names.PROBE}"
+        await self._runtime.channels.call(instance.address, endpoint, instance.endpoint.encode(), Context("parting"), timeout=PATIENCE)

@@ -62,6 +62,20 @@ async def test_a_worker_that_leaves_is_not_kept() -> None:
             cluster.catalog.get("echo")
 
 
+async def test_a_lost_worker_that_leaves_afterwards_goes_at_once() -> None:
+    """As a pod does: it is out of discovery first, and told to end a moment later."""
+    async with Cluster.up(workers=1, lease_ttl=60.0) as cluster:
+        await lose(cluster)
+        async with asyncio.timeout(5):
+            while not cluster.catalog.problems():
+                await asyncio.sleep(0.01)
+        await cluster.drain(0)
+        async with asyncio.timeout(20):
+            while cluster.catalog.models():
+                await asyncio.sleep(0.01)
+        assert cluster.catalog.problems() == {}
+
+
 async def test_a_process_that_took_a_new_lease_is_one_worker() -> None:
     async with Cluster.up(workers=2, lease_ttl=60.0) as cluster:
         worker = cluster.members[0]
