@@ -106,12 +106,12 @@ def test_profiles_of_dynamos_simulator_are_read(tmp_path: Path):
 def test_performance_is_learned_from_what_is_served(engine):
     chance, live = random.Random(1), Live(samples=8)
     for i in range(60):
-        rate, prompt, output, replicas = chance.uniform(1, 60), chance.uniform(500, 4000), chance.uniform(50, 300), 4
+        rate, prompt, output, replicas = chance.uniform(1, 40), chance.uniform(500, 4000), chance.uniform(50, 300), 4
         itl = 0.01
         for _ in range(50):
             itl = engine.itl(prompt + output / 2, rate * output * itl / replicas)
         queued = 0.0 if i % 2 else chance.expovariate(1 / 0.05)
-        live.learn(Load(i, 60.0, rate, prompt, output, ttft=engine.prefill(prompt) + queued, itl=itl), replicas)
+        live.learn(Load(i, 60.0, rate, prompt, output, ttft=engine.prefill(prompt) + queued, itl=itl), replicas, replicas)
         assert (live.performance() is None) == (i < 7)
     learned = live.performance()
     assert learned.itl(2000, 30) == pytest.approx(engine.itl(2000, 30), rel=0.05)
@@ -119,10 +119,17 @@ def test_performance_is_learned_from_what_is_served(engine):
     assert "60 intervals" in learned.source
 
 
+def test_a_queue_is_not_taken_for_slow_prompts_even_when_nothing_else_was_seen(engine):
+    live = Live(samples=8)
+    for i in range(20):
+        live.learn(Load(i, 60.0, 20.0, 500.0, 60.0, ttft=5.0 + i, itl=0.02), 4, 1)
+    assert engine.prefill(500) < live.performance().prefill(500) <= 1 / 20
+
+
 def test_intervals_without_traffic_teach_nothing():
     live = Live(samples=4)
     for i in range(20):
-        live.learn(Load(i, 60.0), 2)
+        live.learn(Load(i, 60.0), 2, 2)
     assert "0 of 4" in live.problem()
     assert live.performance() is None
 

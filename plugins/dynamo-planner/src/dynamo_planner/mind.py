@@ -45,7 +45,7 @@ class Mind:
 
     def learn(self, point: Load, fleet: Mapping[str, RoleState]) -> None:
         """Take an interval as an example of what the engines can do."""
-        self._live.learn(point, next((fleet[role].ready for role in ("decode", "aggregated") if role in fleet), 0))
+        self._live.learn(point, *(next((fleet[role].ready for role in (own, "aggregated") if role in fleet), 0) for own in ("decode", "prefill")))
 
     def recall(self, past: Sequence[Decision], until: float) -> int:
         """Learn from recorded decisions, and go on with their history if it ends shortly before `until`; a gap would shift every season.

@@ -45,14 +45,16 @@ class Live:
     """Intervals that are remembered."""
     _seen: deque[tuple[float, float, float, float, float]] = attrs.field(init=False, factory=deque[tuple[float, float, float, float, float]])
 
-    def learn(self, load: Load, replicas: int) -> None:
-        """:param replicas: that decode. An interval without a first token or without a second one teaches nothing."""
+    def learn(self, load: Load, replicas: int, readers: int) -> None:
+        """An interval without a first token or without a second one teaches nothing. :param replicas: that decode. :param readers: that read prompts."""
         if load.ttft is None or load.itl is None or not replicas:
             return
+        # In an overload all first tokens are late, and that is the queue. Who reads ten prompts a second takes a tenth of a second for each, at most.
+        ttft = min(load.ttft, max(1, readers) / load.rate) if load.rate > 0 else load.ttft
         context = load.prompt_tokens + load.output_tokens / 2
         uncached = load.prompt_tokens * (1 - load.cached_share)
         concurrency = load.rate * load.output_tokens * load.itl / replicas  # Little's law: what was decoding, on average
-        self._seen.append((context, concurrency, load.itl, uncached, load.ttft))
+        self._seen.append((context, concurrency, load.itl, uncached, ttft))
         while len(self._seen) > self.window:
             self._seen.popleft()
 
