@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import os
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from dynamo_core.testing.servers import Authority, Cluster, Node, free_port
 from dynamo_kubernetes.access import find
 from dynamo_kubernetes.api import MERGE_PATCH, Kube, Refused
 
 HERE = Path(__file__).parent
+DEPLOY = HERE.parents[2] / "deploy"
+PLURALS = {"ServiceAccount": "serviceaccounts", "Role": "roles", "RoleBinding": "rolebindings", "ConfigMap": "configmaps", "Deployment": "deployments",
+           "LeaderWorkerSet": "leaderworkersets", "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets"}
 GUARD = 40.0
 _numbers = itertools.count()
 
@@ -111,8 +116,44 @@ def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()
+        process.wait(GUARD)
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    return subprocess.run([str(HERE / "helm.sh")], check=True, capture_output=True, text=True).stdout.split()[-1]
+
+
+@pytest.fixture
+def render(helm: str, documents: Callable[[str], list[Any]]) -> Callable[..., list[Any]]:
+    """`render("chat", "frontend.replicas=1")`: the objects of the chart in that namespace, and its stack files."""
+
+    def template(namespace: str, *values: str) -> list[Any]:
+        command = [helm, "template", "fleet", str(DEPLOY / "chart"), "--namespace", namespace,
+                   *(word for value in values for word in ("--set-json" if "={" in value or "=[" in value else "--set", value))]
+        return documents(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    return template
+
+
+@pytest.fixture(scope="session")
+def documents() -> Callable[[str], list[Any]]:
+    return lambda text: [document for document in YAML(typ="safe", pure=True).load_all(io.StringIO(text)) if document]
+
+
+@pytest.fixture
+def apply(kube: Kube) -> Callable[..., Any]:
+    """`await apply(document)`: what `kubectl apply --server-side` does; `dryRun="All"` to be told only whether it would."""
+
+    async def send(document: Any, **params: str) -> None:
+        api = document["apiVersion"]
+        if document["kind"] == "PodDisruptionBudget":
+            api = document["apiVersion"] = "policy/v1beta1"  # the server of the tests is older than policy/v1, whose fields are the same
+        path = kube.path(api, PLURALS[document["kind"]], document["metadata"]["name"])
+        await kube.call("PATCH", path, document, content_type="application/apply-patch+yaml", fieldManager="deploy", force="true", **params)
+
+    return send
 
 
 @pytest.fixture
@@ -165,7 +206,9 @@ class Graph:
 
     async def make(self, nodes: int = 1, replicas: int = 0) -> None:
         more = {"podTemplate": self._pod, **({"multinode": {"nodeCount": nodes}} if nodes > 1 else {})}
-        components = [{"name": "Frontend", "type": "frontend", "replicas": 1}, *({"name": role, "type": role, "replicas": replicas, **more} for role in ("prefill", "decode"))]
+        await self.of({"name": "Frontend", "type": "frontend", "replicas": 1}, *({"name": role, "type": role, "replicas": replicas, **more} for role in ("prefill", "decode")))
+
+    async def of(self, *components: dict[str, Any]) -> None:
         body = {"apiVersion": self.API, "kind": "DynamoGraphDeployment", "metadata": {"name": "chat"}, "spec": {"components": components}}
         await self._kube.call("POST", self._kube.path(self.API, "dynamographdeployments"), body)
 

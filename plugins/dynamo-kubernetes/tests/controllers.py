@@ -3,7 +3,7 @@
     controllers.py KUBECONFIG ROLE... [--ready-after=0.15] [--drain=0.2]
 
     scheduler    gives pods a node, unless the ConfigMap `no-room` in the namespace names their role
-    kubelet      makes them run, and be ready; lets those that are deleted drain
+    kubelet      makes them run, and be ready; lets those that are deleted drain. Where a container has a command, it runs: see `node.py`
     operator     carries scaling adapters to their graphs, makes the pods of components, reports
     sets         makes the pods of Deployments and LeaderWorkerSets, reports
 """
@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import signal
 import time
 import uuid
 from pathlib import Path
 from typing import Any
+
+from node import Node
 
 from dynamo_kubernetes.access import find
 from dynamo_kubernetes.api import CONFLICT, MERGE_PATCH, NOT_FOUND, Kube, Refused, Unreachable
@@ -27,8 +31,8 @@ SETS = "leaderworkerset.x-k8s.io/v1"
 
 
 class Controllers:
-    def __init__(self, kube: Kube, ready_after: float, drain: float) -> None:
-        self.kube, self.ready_after, self.drain = kube, ready_after, drain
+    def __init__(self, kube: Kube, node: Node, ready_after: float, drain: float) -> None:
+        self.kube, self.node, self.ready_after, self.drain = kube, node, ready_after, drain
         self.since: dict[str, float] = {}
 
     async def list(self, api: str, plural: str) -> list[Any]:
@@ -60,8 +64,13 @@ class Controllers:
             if not pod["spec"].get("nodeName"):
                 continue
             if pod["metadata"].get("deletionTimestamp"):
-                if time.monotonic() - self.since.setdefault(f"end {uid}", time.monotonic()) >= self.drain:
+                if time.monotonic() - self.since.setdefault(f"end {uid}", time.monotonic()) >= self.drain and self.node.ended(pod):
                     await self.kube.call("DELETE", self.kube.path("v1", "pods", name), {"gracePeriodSeconds": 0, "preconditions": {"uid": uid}})
+            elif pod["spec"]["containers"][0].get("command"):
+                found = await self.node.look(pod)
+                statuses = pod["status"].get("containerStatuses") or [{}]
+                if found.ready != is_ready(pod) or found.number != statuses[0].get("restartCount"):
+                    await self.status(pod, running(pod, ready=found.ready, number=found.number))
             elif pod["status"].get("phase") != "Running":
                 await self.status(pod, running(pod, ready=False))
             elif time.monotonic() - self.since.setdefault(uid, time.monotonic()) >= self.ready_after and not is_ready(pod):
@@ -88,8 +97,8 @@ class Controllers:
                     await self.kube.call("PATCH", path, patch, content_type="application/json-patch+json", fieldManager="operator")
                 labels = {"nvidia.com/dynamo-graph-deployment-name": name, "nvidia.com/dynamo-component": component["name"], "role": component.get("type", "")}
                 nodes = component.get("multinode", {}).get("nodeCount", 1)
-                counted[component["name"]] = await self.reconcile(pods, f"{name}-{component['name'].lower()}", labels, component.get("replicas", 1), nodes,
-                                                                  "grove.io/podcliquescalinggroup-replica-index")
+                counted[component["name"]] = await self.reconcile(pods, f"{name}-{component['name'].lower()}", labels, component.get("replicas", 1),
+                                                                  [component.get("podTemplate")] * nodes, "grove.io/podcliquescalinggroup-replica-index")
             ready = all(c["readyReplicas"] == component.get("replicas", 1) for c, component in zip(counted.values(), graph["spec"]["components"], strict=True))
             status = {"components": counted, "conditions": [{"type": "Ready", "status": str(ready), "reason": "all_resources_are_ready" if ready else "pods_not_ready"}]}
             await self.kube.call("PATCH", f"{path}/status", {"status": status}, content_type=MERGE_PATCH)
@@ -102,27 +111,29 @@ class Controllers:
                 labels = {**spec.get("selector", {}).get("matchLabels", {}), "role": item["metadata"]["labels"].get("dynamo/role", "")}
                 if plural == "leaderworkersets":
                     labels["leaderworkerset.sigs.k8s.io/name"] = name
-                size = spec.get("leaderWorkerTemplate", {}).get("size", 1)
-                counted = await self.reconcile(pods, name, labels, spec.get("replicas", 1), size, "leaderworkerset.sigs.k8s.io/group-index")
+                group = spec.get("leaderWorkerTemplate", {"workerTemplate": spec.get("template")})
+                templates = [group.get("leaderTemplate") or group["workerTemplate"], *[group["workerTemplate"]] * (group.get("size", 1) - 1)]
+                counted = await self.reconcile(pods, name, labels, spec.get("replicas", 1), templates, "leaderworkerset.sigs.k8s.io/group-index")
                 generation = {"observedGeneration": item["metadata"]["generation"]} if plural == "deployments" else {}
                 await self.kube.call("PATCH", self.kube.path(api, plural, name, "status"), {"status": {**counted, **generation}}, content_type=MERGE_PATCH)
 
-    async def reconcile(self, pods: list[Any], name: str, labels: dict[str, str], wanted: int, nodes: int, group_label: str) -> dict[str, int]:
-        """Make as many groups of `nodes` pods as are wanted; of too many, those that are not ready go first. Returns what a status counts."""
+    async def reconcile(self, pods: list[Any], name: str, labels: dict[str, str], wanted: int, templates: list[Any], group_label: str) -> dict[str, int]:
+        """Make as many groups of pods as are wanted, a pod for each template; of too many, those that are not ready go first. Returns what a status counts."""
         groups: dict[str, list[Any]] = {}
         for pod in pods:
             if labels.items() <= pod["metadata"]["labels"].items() and not pod["metadata"].get("deletionTimestamp"):
                 groups.setdefault(pod["metadata"]["labels"][group_label], []).append(pod)
-        for group in [key for key, members in groups.items() if len(members) < nodes]:
+        for group in [key for key, members in groups.items() if len(members) < len(templates)]:
             await self.remove(groups.pop(group))  # a group lives and dies together
         order = sorted(groups.values(), key=lambda group: (all(map(is_ready, group)), group[0]["metadata"]["creationTimestamp"]))
         for group in order[: max(0, len(order) - wanted)]:
             await self.remove(group)
         for _ in range(wanted - len(order)):
             number = uuid.uuid4().hex[:6]
-            for node in range(nodes):
-                metadata = {"name": f"{name}-{number}-{node}", "labels": {**labels, group_label: number}}
-                await self.kube.call("POST", self.kube.path("v1", "pods"), {"metadata": metadata, "spec": {"containers": [{"name": "main", "image": "none"}]}})
+            for place, template in enumerate(templates):
+                made = template or {"spec": {"containers": [{"name": "main", "image": "none"}]}}
+                metadata = {"name": f"{name}-{number}-{place}", "labels": {**made.get("metadata", {}).get("labels", {}), **labels, group_label: number}}
+                await self.kube.call("POST", self.kube.path("v1", "pods"), {"metadata": metadata, "spec": made["spec"]})
         kept = order[max(0, len(order) - wanted):]
         ready = sum(all(map(is_ready, group)) for group in kept)
         return {"replicas": len(kept), "updatedReplicas": len(kept), "readyReplicas": ready, "availableReplicas": ready}
@@ -136,9 +147,10 @@ def is_ready(pod: Any) -> bool:
     return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
 
 
-def running(pod: Any, *, ready: bool) -> Any:
-    statuses = [{"name": c["name"], "ready": ready, "started": True, "restartCount": 0, "image": c.get("image", ""), "imageID": "",
-                 "containerID": f"test://{pod['metadata']['uid']}", "state": {"running": {"startedAt": now()[:19] + "Z"}}} for c in pod["spec"]["containers"]]
+def running(pod: Any, *, ready: bool, number: int = 0) -> Any:
+    """:param number: of the container; each that has ended has another id than its successor."""
+    statuses = [{"name": c["name"], "ready": ready, "started": True, "restartCount": number, "image": c.get("image", ""), "imageID": "",
+                 "containerID": f"test://{pod['metadata']['uid']}/{number}", "state": {"running": {"startedAt": now()[:19] + "Z"}}} for c in pod["spec"]["containers"]]
     conditions = [{"type": kind, "status": str(value)} for kind, value in (("PodScheduled", True), ("Ready", ready), ("ContainersReady", ready))]
     return {"phase": "Running", "conditions": conditions, "containerStatuses": statuses}
 
@@ -150,19 +162,29 @@ async def main() -> None:
     parser.add_argument("--ready-after", type=float, default=0.15)
     parser.add_argument("--drain", type=float, default=0.2)
     given = parser.parse_args()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # pyright: ignore[reportOptionalMemberAccess]
     async with Kube(find(given.kubeconfig, None, None), 5.0, agent="controllers") as kube:
-        controllers = Controllers(kube, given.ready_after, given.drain)
-        while True:
-            for role in given.roles:
-                try:
-                    await getattr(controllers, role)()
-                except Refused as e:
-                    if e.code not in (CONFLICT, NOT_FOUND):
-                        raise
-                except Unreachable:
-                    pass
-            await asyncio.sleep(STEP)
+        node = Node(kube, given.kubeconfig)
+        controllers = Controllers(kube, node, given.ready_after, given.drain)
+        try:
+            while True:
+                await play(controllers, given.roles)
+                await asyncio.sleep(STEP)
+        finally:
+            await node.close()
+
+
+async def play(controllers: Controllers, roles: list[str]) -> None:
+    for role in roles:
+        try:
+            await getattr(controllers, role)()
+        except Refused as e:
+            if e.code not in (CONFLICT, NOT_FOUND):
+                raise
+        except Unreachable:
+            pass
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(main())

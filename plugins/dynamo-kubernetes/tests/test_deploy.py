@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from dynamo_core.config import load_with_plugins
 from dynamo_core.errors import ConfigError, ScaleRefused
@@ -21,10 +19,7 @@ from dynamo_kubernetes.discovery import KubernetesDiscovery
 
 pytestmark = pytest.mark.slow
 
-APPLY = "application/apply-patch+yaml"
 DEPLOY = Path(__file__).parents[3] / "deploy"
-APIS = {"ServiceAccount": "serviceaccounts", "Role": "roles", "RoleBinding": "rolebindings", "ConfigMap": "configmaps", "Deployment": "deployments",
-        "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets"}
 PROMETHEUS = "planner.config.metrics.prometheus=http://prometheus:9090"
 VARIANTS = {
     "defaults": [],
@@ -37,59 +32,31 @@ VARIANTS = {
 }
 
 
-def documents(text: str) -> list[Any]:
-    return [document for document in YAML(typ="safe", pure=True).load_all(io.StringIO(text)) if document]
-
-
-@pytest.fixture(scope="session")
-def helm() -> str:
-    return subprocess.run([str(Path(__file__).parent / "helm.sh")], check=True, capture_output=True, text=True).stdout.split()[-1]
-
-
-@pytest.fixture
-def render(helm):
-    """`render("chat", "frontend.replicas=1")`: the objects of the chart in that namespace, and its stack files."""
-
-    def template(namespace: str, *values: str) -> list[Any]:
-        command = [helm, "template", "fleet", str(DEPLOY / "chart"), "--namespace", namespace, *(word for value in values for word in ("--set-json" if "={" in value else "--set", value))]
-        return documents(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-    return template
-
-
-async def apply(kube: Kube, document: Any, **params: str) -> None:
-    api = document["apiVersion"]
-    if document["kind"] == "PodDisruptionBudget":
-        api = document["apiVersion"] = "policy/v1beta1"  # the server of the tests is older than policy/v1, whose fields are the same
-    path = kube.path(api, APIS[document["kind"]], document["metadata"]["name"])
-    await kube.call("PATCH", path, document, content_type=APPLY, fieldManager="deploy", force="true", **params)
-
-
 # ------------------------------------------------------------------ accepted
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-async def test_every_object_of_the_chart_is_accepted_by_the_server(render, kube, variant) -> None:
+async def test_every_object_of_the_chart_is_accepted_by_the_server(render, kube, apply, variant) -> None:
     objects = render(kube.namespace, *VARIANTS[variant])
     assert {"Deployment", "Service", "ConfigMap", "Role", "RoleBinding", "ServiceAccount"} <= {document["kind"] for document in objects}
     for document in objects:
-        await apply(kube, document, dryRun="All")
+        await apply(document, dryRun="All")
 
 
-async def test_an_object_with_a_wrong_field_is_not_accepted(render, kube) -> None:
+async def test_an_object_with_a_wrong_field_is_not_accepted(render, kube, apply) -> None:
     deployment = next(document for document in render(kube.namespace) if document["kind"] == "Deployment")
     deployment["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
     with pytest.raises((Refused, Unreachable), match="readynessProbe"):  # this server calls it an error of its own
-        await apply(kube, deployment, dryRun="All")
+        await apply(deployment, dryRun="All")
 
 
-async def test_the_plain_manifests_are_what_the_chart_gives(helm, tmp_path, kube) -> None:
+async def test_the_plain_manifests_are_what_the_chart_gives(helm, documents, tmp_path, apply) -> None:
     fresh = tmp_path / "dynamo.yaml"
     await asyncio.to_thread(subprocess.run, [str(DEPLOY / "render.sh"), helm, str(fresh)], check=True)
     written = (DEPLOY / "manifests" / "dynamo.yaml").read_text()
     assert written == fresh.read_text(), "run deploy/render.sh"
     for document in documents(written):
-        await apply(kube, document, dryRun="All")
+        await apply(document, dryRun="All")
 
 
 def test_several_frontends_without_a_prometheus_are_refused_with_the_remedy(helm) -> None:
@@ -113,7 +80,7 @@ def test_the_stacks_in_the_config_map_load(render, variant) -> None:
         assert (config.planner is not None) == (name == "planner.yaml")
 
 
-def test_the_values_in_the_documentation_give_stacks_that_load(helm, tmp_path) -> None:
+def test_the_values_in_the_documentation_give_stacks_that_load(helm, documents, tmp_path) -> None:
     page = (DEPLOY.parent / "docs" / "how-to" / "run-on-kubernetes.md").read_text()
     values = tmp_path / "values.yaml"
     values.write_text(re.findall(r"```yaml\n(.*?)```", page, re.S)[0])
@@ -186,9 +153,9 @@ async def forbidden(kube: Kube, method: str, path: str, body: Any = None) -> boo
     return False
 
 
-async def test_the_fleet_may_meet_and_nothing_else(render, kube, account) -> None:
+async def test_the_fleet_may_meet_and_nothing_else(render, kube, apply, account) -> None:
     for document in render(kube.namespace):
-        await apply(kube, document)
+        await apply(document)
     await account("fleet-fleet")
     async with KubernetesDiscovery(store="fleet", pod="") as here, KubernetesDiscovery(store="fleet", pod="") as there, there.watch("k/") as changes:
         lease = await here.lease(3.0)
@@ -212,14 +179,14 @@ async def test_the_fleet_may_meet_and_nothing_else(render, kube, account) -> Non
         await KubernetesConnector(selector="app.kubernetes.io/instance=fleet").start()
 
 
-async def test_the_planner_may_scale_its_pools_and_nothing_else(render, kube, account) -> None:
+async def test_the_planner_may_scale_its_pools_and_nothing_else(render, kube, apply, account) -> None:
     objects = render(kube.namespace, *VARIANTS["two-roles"])
     other = {"metadata": {"name": "other", "labels": {"app.kubernetes.io/instance": "fleet", "dynamo/role": "aggregated"}},
              "spec": {"replicas": 1, "selector": {"matchLabels": {"a": "b"}},
                       "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "main", "image": "none"}]}}}}
     await kube.call("POST", kube.path("apps/v1", "deployments"), other)
     for document in objects:
-        await apply(kube, document)
+        await apply(document)
     await account("fleet-planner")
     text = next(document for document in objects if document["kind"] == "ConfigMap")["data"]["planner.yaml"]
     config, _ = load_with_plugins(path=Path("planner.yaml"), text=text, environ={})
@@ -240,12 +207,12 @@ async def test_the_planner_may_scale_its_pools_and_nothing_else(render, kube, ac
     await wider.close()
 
 
-async def test_the_planner_may_scale_its_graph(render, kube, account, graph, controllers) -> None:
+async def test_the_planner_may_scale_its_graph(render, kube, apply, account, graph, controllers) -> None:
     await graph.make()
     await graph.adapt("decode")
     controllers("operator")
     for document in render(kube.namespace, *VARIANTS["graph"]):
-        await apply(kube, document)
+        await apply(document)
     await account("fleet-planner")
     connector = KubernetesConnector(graph="chat")
     await connector.start()

@@ -1,0 +1,106 @@
+"""The chart, run: a frontend, workers and the planner as the processes of pods, a load that rises and stops, and somebody else who scales meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx
+import pytest
+
+from dynamo_core.ending import ended
+from dynamo_core.testing.servers import free_port
+
+pytestmark = pytest.mark.slow
+
+PLANNER = {"tick": 0.5, "interval": 1.0, "cold_start": 3.0, "patience": 1.5, "gpus": 3, "connector": {"yield_for": 3.0, "gpus": {"aggregated": 1}}}
+
+
+@attrs.define
+class Site:
+    """What can be seen of the fleet from outside."""
+
+    client: httpx.AsyncClient
+    journal: Path
+    logs: Path
+    codes: Counter[int] = attrs.field(factory=Counter[int])
+
+    async def workers(self) -> int:
+        """That the frontend would send requests to."""
+        try:
+            found = (await self.client.get("/health")).json()["models"].get("sim", {}).get("workers", [])
+        except httpx.TransportError:
+            return 0
+        return sum(worker["proven"] for worker in found)
+
+    def decisions(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
+
+    async def ask(self) -> None:
+        body = {"model": "sim", "prompt": "tell me more", "max_tokens": 60, "ignore_eos": True}
+        self.codes[(await self.client.post("/v1/completions", json=body)).status_code] += 1
+
+    async def ask_on(self) -> None:
+        while True:
+            await self.ask()
+
+    def told(self) -> str:
+        """What the processes said, for whoever looks why this failed."""
+        return "\n".join(f"{file.parent.name}: {file.read_text()[-1500:]}" for file in sorted(self.logs.glob("fleet-*/log")) + sorted(self.logs.glob("chat-*/log")))
+
+
+@pytest.fixture
+async def site(api_server, kube, render, apply, graph, controllers, tmp_path):
+    """`helm install` with `planner.graph=chat`; the pods of the graph are those of the chart's pool, which itself is empty."""
+    port, journal = free_port(), tmp_path / "decisions.jsonl"
+    planner = {**PLANNER, "use": "standard", "record": str(journal), "metrics": {"frontends": [f"http://127.0.0.1:{port}"]}}
+    pool = {"name": "backend", "role": "aggregated", "replicas": 0, "drainSeconds": 10, "engine": {"use": "sim", "max_sequences": 4}}
+    objects = render(kube.namespace, "planner.enabled=true", "planner.graph=chat", "frontend.replicas=1", f"planner.config={json.dumps(planner)}",
+                     f"workers=[{json.dumps(pool)}]", f'env=[{{"name": "DYNAMO__FRONTEND__PORT", "value": "{port}"}}]')
+    for document in objects:
+        await apply(document)
+    pod = next(document for document in objects if document["metadata"]["name"] == "fleet-backend")["spec"]["template"]
+    await graph.of({"name": "worker", "type": "worker", "replicas": 1, "podTemplate": pod})
+    await graph.adapt("worker", 1)
+    controllers("scheduler", "kubelet", "sets", "operator")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
+        yield Site(client, journal, api_server.folder)
+
+
+async def test_the_planner_follows_a_load_and_gives_way_to_somebody_else_who_scales(site: Site, kube, graph, until) -> None:
+    async def serve(count: int) -> None:
+        async def so_many() -> bool:
+            return await site.workers() == count and (await graph.replicas())["worker"] == count
+
+        try:
+            await until(so_many)
+        except TimeoutError:
+            pytest.fail(f"{count} workers do not come: {site.told()}")
+
+    async def done(action: str, after: int = 0) -> dict[str, Any]:
+        async def found() -> dict[str, Any] | None:
+            return next((decision for decision in site.decisions() if decision.get("action") == action and decision["number"] > after), None)
+
+        return await until(found)
+
+    await serve(1)
+    crowd = [asyncio.create_task(site.ask_on()) for _ in range(16)]
+    try:
+        await serve(3)
+        await graph.merge(graph.adapter("worker"), {"spec": {"replicas": 1}}, manager="an-autoscaler")
+        refused = await done("refused")
+        assert "an-autoscaler changed aggregated from 3 to 1" in refused["result"]
+        assert (await done("scaled", after=refused["number"]))["targets"] == {"aggregated": 3}, "they had their time"
+        await serve(3)
+    finally:
+        await ended(*crowd)
+    await serve(1)
+    assert site.codes.keys() == {200}, "replicas come and go, and no client notices"
+
+    events, _ = await kube.listing(kube.path("v1", "events"))
+    changes = [event["message"] for event in events if event["involvedObject"]["kind"] == "DynamoGraphDeployment"]
+    assert any(change.startswith("aggregated 1 -> 3: ") for change in changes), changes
