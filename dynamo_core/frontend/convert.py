@@ -12,7 +12,7 @@ from dynamo_core.errors import RequestError
 from dynamo_core.frontend.exchange import Exchange
 from dynamo_core.frontend.fields import Body, EmbeddingBody, Extension, PoolingBody
 from dynamo_core.frontend.parse import check_nesting
-from dynamo_core.preprocess.limits import check_token_ids, fit
+from dynamo_core.preprocess.limits import fit
 from dynamo_core.types import Guided, Hints, Request, Sampling, Stops, TextOptions
 
 _NO_EXTENSION = Extension()
@@ -32,10 +32,9 @@ class Wanted:
     cache_salt: str | None
 
     def request(self, id: str, card: ModelCard, token_ids: list[int]) -> Request:
-        """:raises RequestError: the prompt is empty, too long or not of this model's vocabulary."""
+        """Whether the tokens are of this model's vocabulary is for whoever generates to check. :raises RequestError: the prompt is empty, or too long."""
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
-        check_token_ids(card, token_ids)
         stops = msgspec.structs.replace(self.stops, max_tokens=fit(card, len(token_ids), self.stops.max_tokens))
         return Request(
             id=id,

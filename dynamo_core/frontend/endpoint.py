@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -20,6 +21,7 @@ from dynamo_core.frontend.failure import Failure, Header
 from dynamo_core.frontend.job import Job
 from dynamo_core.frontend.parse import decode
 from dynamo_core.frontend.respond import respond
+from dynamo_core.frontend.servers.contract import DirectSend
 from dynamo_core.frontend.service import Service
 from dynamo_core.frontend.together import Together
 from dynamo_core.pipeline.contract import Generation, Model
@@ -116,7 +118,7 @@ class Endpoint:
         return await _start(job, context)
 
     async def _generate(self, body: Any, model: Model | None, exchange: Exchange, receive: Receive, send: Send) -> None:
-        """Under the watch of a clock, and of a task that learns when the client leaves."""
+        """Under a time limit, and watched for a client that leaves."""
         service = self._service
         loop = asyncio.get_running_loop()
         deadline = exchange.arrived + service.config.request_timeout
@@ -131,10 +133,19 @@ class Endpoint:
         generation: Generation | None = None
         reservation: Reservation | None = None
         limit = asyncio.timeout_at(min(deadline, exchange.arrived + service.config.first_token_timeout))
-        watcher: asyncio.Task[None] | None = None
+        unwatch: Callable[[], object] | None = None
+
+        def left() -> None:
+            """Stop at once, whatever the request is waiting for."""
+            if not exchange.finished:  # servers report the end of a complete answer in the same way
+                exchange.left = True
+                context.cancel("client disconnected")
+                if not limit.expired():
+                    limit.reschedule(loop.time() - 1)
+
         try:
             async with limit:
-                watcher = loop.create_task(_watch(receive, exchange, context, limit))
+                unwatch = (send.watch(left) if isinstance(send, DirectSend) else None) or loop.create_task(_watch(receive, left)).cancel
                 if model is None:
                     model = await self._wait(body.model)
                 job = await self._family.prepare(body, model, exchange, direct_routing=service.config.direct_routing)
@@ -159,8 +170,8 @@ class Endpoint:
                 raise Cancelled(context.cancel_reason or "cancelled") from None
             raise _too_slow(exchange, service.config.request_timeout, service.config.first_token_timeout) from None
         finally:
-            if watcher is not None:
-                watcher.cancel()
+            if unwatch is not None:
+                unwatch()
             if generation is not None:
                 exchange.usage, exchange.decisions, exchange.workers = generation.usage, list(generation.decisions), list(generation.workers)
             if reservation is not None:
@@ -204,16 +215,10 @@ async def _start(job: Job, context: Context) -> Generation:
     return Together(started, job.requests[0].sampling.n)
 
 
-async def _watch(receive: Receive, exchange: Exchange, context: Context, limit: asyncio.Timeout) -> None:
-    """Cancel the work at once when the client leaves, whatever the request is waiting for."""
+async def _watch(receive: Receive, left: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    if exchange.finished:
-        return  # servers report the end of a complete answer in the same way
-    exchange.left = True
-    context.cancel("client disconnected")
-    if not limit.expired():
-        limit.reschedule(asyncio.get_running_loop().time() - 1)
+    left()
 
 
 def _too_slow(exchange: Exchange, request_timeout: float, first_token_timeout: float) -> StreamTimeout:

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+import msgspec
 import structlog
 
 from dynamo_core.config.schema import Secret
@@ -48,9 +49,14 @@ class JsonLines(logging.Formatter):
         """The latest one, and how it is written."""
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.args:
+            record.args = _masked(record.args)
         line: dict[str, Any] = {"event": record.getMessage(), "level": record.levelname.lower(), "logger": record.name}
+        plain = True
         for name, value in record.__dict__.items():
             if name not in _STANDARD:
+                if type(value) not in _PLAIN and not (type(value) is list and all(type(item) is str for item in value)):
+                    value, plain = _masked(value), False
                 line[name] = value
         line["timestamp"] = self._timestamp(record.created)
         line |= self._role
@@ -59,8 +65,8 @@ class JsonLines(logging.Formatter):
         if record.stack_info:
             line["stack"] = record.stack_info
         try:
-            return _encode(line)
-        except (TypeError, ValueError):  # JSON has no such keys
+            return _encode_plain(line).decode() if plain else _encode(line)
+        except (TypeError, ValueError):  # JSON has no such keys, or no such characters
             return _encode({name: value if isinstance(value, str) else repr(value) for name, value in line.items()})
 
     def _timestamp(self, created: float) -> str:
@@ -71,6 +77,8 @@ class JsonLines(logging.Formatter):
 
 
 _encode = json.JSONEncoder(default=repr).encode
+_encode_plain = msgspec.json.Encoder().encode
+_PLAIN = frozenset((str, int, float, bool, type(None)))
 _STANDARD = frozenset((*logging.makeLogRecord({}).__dict__, "message", "asctime"))
 """What every record has."""
 
@@ -80,8 +88,11 @@ def setup(level: str = "info", style: str = "auto", *, role: str = "") -> None:
     console = style == "console" or (style == "auto" and sys.stderr.isatty())
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_hide_secrets)
-    handler.setFormatter(_console(role) if console else JsonLines(role))
+    if console:
+        handler.addFilter(_hide_secrets)
+        handler.setFormatter(_console(role))
+    else:
+        handler.setFormatter(JsonLines(role))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -89,6 +100,7 @@ def setup(level: str = "info", style: str = "auto", *, role: str = "") -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     # What no line shows need not be found out for each of them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False  # pyright: ignore[reportAttributeAccessIssue]
+    logging._srcfile = None  # pyright: ignore[reportAttributeAccessIssue] (as logging's own documentation has it)
 
 
 def _console(role: str) -> logging.Formatter:

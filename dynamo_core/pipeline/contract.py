@@ -5,6 +5,7 @@ The HTTP surface knows nothing of workers, planes or migration; it starts a gene
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,10 +59,10 @@ class DeltaSink(Protocol):
     def take(self, deltas: Sequence[Delta]) -> None: ...
 
 
-@runtime_checkable
-class Pouring(Protocol):
+class Pouring(abc.ABC):
     """A generation that can spare its reader a wake-up for each token. Optional: without it, everything is read."""
 
+    @abc.abstractmethod
     def pour(self, sink: DeltaSink) -> None:
         """From now on, while `read` waits, give deltas to `sink` in the callback that brings their tokens. First outputs, finish reasons and
         errors are read; so is everything that comes while the sink is not ready."""
@@ -89,7 +90,7 @@ class Model(Protocol):
         ...
 
     async def start(self, request: Request, text: TextOptions, context: Context) -> Generation:
-        """Route and dispatch. :raises DynamoError: nothing was sent to the client yet, so the status is still free."""
+        """Check, route and dispatch. :raises DynamoError: nothing was sent to the client yet, so the status is still free."""
         ...
 
     async def route(self, request: Request, context: Context) -> str:

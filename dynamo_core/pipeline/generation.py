@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dynamo_core.pipeline.contract import DeltaSink
+from dynamo_core.pipeline.contract import DeltaSink, Pouring
 from dynamo_core.pipeline.migrate import TokenStream
 from dynamo_core.preprocess.contract import Assembler, Preprocessor
 from dynamo_core.types import Delta, LogprobText, Output, Request, TextOptions, Usage
 
 
-class TextGeneration:
+class TextGeneration(Pouring):
     """Implements `pipeline.contract.Generation` over a token stream."""
 
     def __init__(self, stream: TokenStream, request: Request, text: TextOptions, preprocessor: Preprocessor,

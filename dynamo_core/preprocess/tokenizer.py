@@ -48,6 +48,8 @@ class TextTokenizer:
         self._cutter = Cutter(definition)
         self._words: dict[str, Sequence[int]] = {}
         """Tokens of a space and the word. Entries are never removed, so that threads may share it; the whole is replaced when it is full."""
+        self._firsts: dict[str, Sequence[int]] = {}
+        """The same for what pieces start with, without a space."""
         self._cache = _Cache(cache_bytes)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -72,13 +74,13 @@ class TextTokenizer:
 
     def _by_words(self, pieces: list[str]) -> list[list[int]]:
         """The tokens of each piece, made of those of its words wherever that is exact: most words of a new text were in an older one."""
-        if len(self._words) > WORDS:
-            self._words = {}
-        known = self._words
+        if len(self._words) + len(self._firsts) > WORDS:
+            self._words, self._firsts = {}, {}
+        known, firsts = self._words, self._firsts
         new: set[str] = set()
         texts: list[str] = []
-        plans: list[tuple[int, list[str]]] = []
-        """For each piece, which of the texts it starts with, and the words after that."""
+        plans: list[tuple[str, list[str]]] = []
+        """For each piece, the text that it starts with and the words after that."""
         for piece in pieces:
             words = self._cutter.split(piece)
             if words is not None:
@@ -87,13 +89,20 @@ class TextTokenizer:
                     words = None
                 else:
                     new |= unknown
-            plans.append((len(texts), [] if words is None else words[1:]))
-            texts.append(piece if words is None else words[0])
-        fresh = list(new)
-        # All in one call: each return from a thread may have to wait for the interpreter lock.
-        encoded = self._encode([*texts, *(" " + word for word in fresh)])
-        known.update(zip(fresh, map(tuple, encoded[len(texts) :]), strict=True))
-        return [list(chain(encoded[first], chain.from_iterable(map(known.__getitem__, words)))) for first, words in plans]
+            first = piece if words is None else words[0]
+            if first not in firsts:
+                texts.append(first)
+            plans.append((first, [] if words is None else words[1:]))
+        begun: dict[str, Sequence[int]] = {}
+        if texts or new:
+            fresh = list(new)
+            # All in one call: each return from a thread may have to wait for the interpreter lock.
+            encoded = self._encode([*texts, *(" " + word for word in fresh)])
+            known.update(zip(fresh, map(tuple, encoded[len(texts) :]), strict=True))
+            begun.update(zip(texts, encoded[: len(texts)], strict=True))
+            firsts.update((text, tuple(ids)) for text, ids in begun.items() if len(text) <= LONG_WORD)
+        starts = ((begun[first] if first in begun else firsts[first], words) for first, words in plans)
+        return [list(chain(start, chain.from_iterable(map(known.__getitem__, words)))) for start, words in starts]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self.reference.decode(token_ids, skip_special_tokens=skip_special_tokens)

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -66,10 +67,12 @@ Sink = Callable[[Sequence[Item]], bool]
 """Takes items, at least one, in the callback that brought them; `False` leaves all of them to the reader."""
 
 
-@runtime_checkable
-class Listening(Protocol):
+class Listening(abc.ABC):
     """A stream that can spare its reader a wake-up. Optional: without it, everything is read."""
 
+    __slots__ = ()
+
+    @abc.abstractmethod
     def listen(self, sink: Sink) -> None:
         """While the reader waits in `read`, offer what arrives to `sink` first. Ends, errors and what it declines reach the reader, in order."""
         ...

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from dynamo_core.context import Context
 from dynamo_core.errors import Cancelled, DynamoError
-from dynamo_core.transport.contract import Item, Sink
+from dynamo_core.transport.contract import Item, Listening, Sink
 
 
-class Mailbox:
+class Mailbox(Listening):
     """A `Stream` whose items are put here one by one. One reader at a time."""
 
     __slots__ = ("_error", "_finished", "_forget", "_items", "_loop", "_sink", "_waiter")

@@ -9,6 +9,7 @@ from typing import Any
 from dynamo_core.cards import ModelCard
 from dynamo_core.context import Context
 from dynamo_core.errors import ModelNotFound, Unavailable
+from dynamo_core.preprocess.limits import check_token_ids
 from dynamo_core.types import Delta, LogprobText, Request, TextOptions, Usage
 
 ALL = ("logprobs", "prompt_logprobs", "guided", "logit_bias", "n")
@@ -107,6 +108,7 @@ class FakeModel:
         return self.missing
 
     async def start(self, request: Request, text: TextOptions, context: Context) -> FakeGeneration:
+        check_token_ids(self.card, request.token_ids)
         self.starts.append((request, text, context))
         if self.start_delay:
             await asyncio.sleep(self.start_delay)

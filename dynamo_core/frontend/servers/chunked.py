@@ -16,6 +16,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from starlette.types import Message, Send
 
+from dynamo_core.frontend.servers.contract import DirectSend
 from dynamo_core.frontend.servers.turns import Turn
 
 _WAITING = 32 * 1024
@@ -34,7 +35,7 @@ def chunked(scope: Any, send: Send) -> Send:
     return _Answer(stream, protocol, server, send, Turn.here())
 
 
-class _Answer:
+class _Answer(DirectSend):
     __slots__ = ("_chunked", "_out", "_post", "_protocol", "_send", "_stream", "_transport", "_turn", "_writer")
 
     def __init__(self, stream: HTTPStream, protocol: H11Protocol, server: TCPServer, send: Send, turn: Turn) -> None:

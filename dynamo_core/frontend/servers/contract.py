@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -11,19 +12,27 @@ from starlette.types import ASGIApp, Message
 from dynamo_core.config.schema import Tls
 
 
-@runtime_checkable
-class DirectSend(Protocol):
+class DirectSend(abc.ABC):
     """An ASGI `send` that can also be called without being awaited. Optional; a middleware that wraps `send` takes it away, as it must."""
 
+    __slots__ = ()
+
+    @abc.abstractmethod
     async def __call__(self, message: Message) -> None: ...
 
+    @abc.abstractmethod
     def ready(self) -> bool:
         """The head is out, the client keeps up: `write` may be called."""
         ...
 
+    @abc.abstractmethod
     def write(self, body: bytes) -> None:
         """What `send` does with a body that is not the last, at once."""
         ...
+
+    def watch(self, left: Callable[[], None]) -> Callable[[], None] | None:
+        """Call `left` once the client has left; what is returned ends the watch. `None`: such a client is known by `receive` alone, which takes a task."""
+        return None
 
 
 @runtime_checkable

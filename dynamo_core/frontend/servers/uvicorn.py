@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 
 from dynamo_core.config.schema import Tls
 from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.frontend.servers.contract import DirectSend
 from dynamo_core.frontend.servers.sockets import BACKLOG, listening
 from dynamo_core.frontend.servers.tracked import Tracked
 from dynamo_core.frontend.servers.turns import Turn
@@ -82,6 +83,8 @@ class _Connection(HttpToolsProtocol):
         self._head: int | None = 0
         """Bytes of an unfinished head; `None` while there is none."""
         self._overdue: asyncio.TimerHandle | None = None
+        self.watching: set[Callable[[], None]] = set()
+        """To be called when the client leaves."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(cast(asyncio.Transport, _Outgoing(transport)))
@@ -91,6 +94,8 @@ class _Connection(HttpToolsProtocol):
         self._forget_clock()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+        for left in tuple(self.watching):
+            left()
 
     def data_received(self, data: bytes) -> None:
         if self._head is not None:
@@ -128,12 +133,13 @@ class _Connection(HttpToolsProtocol):
             self._overdue = None
 
 
-class _Direct:
-    """A `send` that writes chunks of an answer at once (`servers.contract.DirectSend`)."""
+class _Direct(DirectSend):
+    """A `send` that writes chunks of an answer at once."""
 
-    __slots__ = ("_cycle", "_flow", "_transport")
+    __slots__ = ("_connection", "_cycle", "_flow", "_transport")
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, cycle: RequestResponseCycle, connection: _Connection) -> None:
+        self._connection = connection
         self._cycle = cycle
         self._flow = cycle.flow
         self._transport = cycle.transport
@@ -147,6 +153,14 @@ class _Direct:
 
     def write(self, body: bytes) -> None:
         self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+    def watch(self, left: Callable[[], None]) -> Callable[[], None]:
+        self._flow.resume_reading()  # or it would not be seen
+        watching = self._connection.watching
+        watching.add(left)
+        if self._cycle.disconnected:
+            left()
+        return lambda: watching.discard(left)
 
 
 class _Undelimited:
@@ -177,8 +191,8 @@ class _Wrapper:
         if isinstance(cycle, RequestResponseCycle):
             if scope["http_version"] != "1.1":
                 send = _Undelimited(cycle)
-            elif scope["method"] != "HEAD":
-                send = _Direct(cycle)
+            elif scope["method"] != "HEAD" and isinstance(connection := getattr(cycle.on_response, "__self__", None), _Connection):
+                send = _Direct(cycle, connection)
         await self._app(scope, receive, send)
 
 
