@@ -42,11 +42,6 @@ class DisaggregatedStream(HandoverStream):
         self._prefill_dispatcher = prefill
         self._disaggregation = settings
 
-    def _rest(self) -> Request | None:
-        # The blocks were fetched, or lost with who held them: whoever goes on computes them.
-        self._request = msgspec.structs.replace(self._request, transfer=None)
-        return super()._rest()
-
     async def _begin(self) -> None:
         prefilled = await self._prefill()
         if prefilled is not None:
