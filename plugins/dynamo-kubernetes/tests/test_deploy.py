@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -29,18 +30,32 @@ VARIANTS = {
     "graph": ["planner.enabled=true", "planner.graph=chat", "frontend.replicas=1"],
     "two-roles": ["planner.enabled=true", PROMETHEUS, "workers[0].name=prefill", "workers[0].role=prefill", "workers[0].engine.use=sim",
                   "workers[1].name=decode", "workers[1].role=decode", "workers[1].engine.use=sim", "workers[1].replicas=3"],
+    "several-nodes": ["planner.enabled=true", PROMETHEUS, "workers[0].name=prefill", "workers[0].role=prefill", "workers[0].engine.use=sim",
+                      "workers[1].name=decode", "workers[1].role=decode", "workers[1].engine.use=sim", "workers[1].nodes=2", "workers[1].prepare=ray start --head",
+                      'workers[1].followerCommand=["ray", "start", "--block"]', 'workers[1].resources.limits={"nvidia.com/gpu": "8"}'],
 }
+
+
+def templates(document: Any) -> list[Any]:
+    """Of the pods of a workload; none for other objects."""
+    spec = document.get("spec", {})
+    if document["kind"] == "LeaderWorkerSet":
+        return [spec["leaderWorkerTemplate"]["leaderTemplate"], spec["leaderWorkerTemplate"]["workerTemplate"]]
+    return [spec["template"]] if document["kind"] == "Deployment" else []
 
 
 # ------------------------------------------------------------------ accepted
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-async def test_every_object_of_the_chart_is_accepted_by_the_server(render, kube, apply, variant) -> None:
+async def test_every_object_of_the_chart_and_every_pod_of_it_is_accepted_by_the_server(render, kube, apply, custom_resources, variant) -> None:
     objects = render(kube.namespace, *VARIANTS[variant])
     assert {"Deployment", "Service", "ConfigMap", "Role", "RoleBinding", "ServiceAccount"} <= {document["kind"] for document in objects}
+    assert ("LeaderWorkerSet" in {document["kind"] for document in objects}) == (variant == "several-nodes")
     for document in objects:
         await apply(document, dryRun="All")
+        for template in templates(document):  # which a custom resource takes unread
+            await kube.call("POST", kube.path("v1", "pods"), {**template, "metadata": {**template["metadata"], "name": "any"}}, dryRun="All")
 
 
 async def test_an_object_with_a_wrong_field_is_not_accepted(render, kube, apply) -> None:
@@ -57,6 +72,17 @@ async def test_the_plain_manifests_are_what_the_chart_gives(helm, documents, tmp
     assert written == fresh.read_text(), "run deploy/render.sh"
     for document in documents(written):
         await apply(document, dryRun="All")
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"workers": [{"role": "aggregated", "engine": {"use": "sim"}}]}, "every pool of `workers` needs a name"),
+    ({"workers": [{"name": "d", "role": "decode", "engine": {"use": "sim"}, "nodes": 2}]}, "pool d has several nodes: say what runs beside the worker"),
+])
+def test_pools_that_cannot_run_are_refused_with_the_reason(helm, values, said, tmp_path) -> None:
+    (tmp_path / "values.json").write_text(json.dumps(values))
+    done = subprocess.run([helm, "template", "fleet", str(DEPLOY / "chart"), "--values", str(tmp_path / "values.json")], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert said in done.stderr
 
 
 def test_several_frontends_without_a_prometheus_are_refused_with_the_remedy(helm) -> None:
@@ -110,18 +136,16 @@ def test_every_pod_has_the_time_that_it_needs_to_drain_and_asks_for_no_privilege
     objects = render("here", *VARIANTS[variant])
     text = next(document for document in objects if document["kind"] == "ConfigMap")["data"]["stack.yaml"]
     config, _ = load_with_plugins(path=Path("stack.yaml"), text=text, environ={})
-    for deployment in (document for document in objects if document["kind"] == "Deployment"):
-        spec = deployment["spec"]["template"]["spec"]
-        [container] = spec["containers"]
-        command = container["command"]
-        drain = {"frontend": config.frontend.drain_timeout, "worker": config.workers[int(command[-1])].drain_timeout if command[1] == "worker" else 0}.get(command[1], 0)
-        pause = 5 if "lifecycle" in container else 0
-        assert spec["terminationGracePeriodSeconds"] >= drain + pause + 10
-        assert spec["securityContext"]["runAsNonRoot"] is True
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
-        assert {"POD_NAME", "DYNAMO_CONTAINER", "DYNAMO__HOST"} <= {entry["name"] for entry in container["env"]}
-        scaled = "dynamo/role" in deployment["metadata"]["labels"] and variant in ("everything", "two-roles")
-        assert ("replicas" in deployment["spec"]) != scaled, "who is scaled by the planner must not be reset by an upgrade"
+    drains = {"frontend": config.frontend.drain_timeout + 5, **{f"worker-{worker.name}": worker.drain_timeout for worker in config.workers}}
+    for workload in filter(templates, objects):
+        for template in templates(workload):
+            spec, [container] = template["spec"], template["spec"]["containers"]
+            assert spec["terminationGracePeriodSeconds"] >= drains.get(workload["metadata"]["labels"]["app.kubernetes.io/component"], 0) + 10
+            assert spec["securityContext"]["runAsNonRoot"] is True
+            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+            assert {"POD_NAME", "DYNAMO_CONTAINER", "DYNAMO__HOST"} <= {entry["name"] for entry in container["env"]}
+        scaled = "dynamo/role" in workload["metadata"]["labels"] and variant not in ("defaults", "graph")
+        assert ("replicas" in workload["spec"]) != scaled, "who is scaled by the planner must not be reset by an upgrade"
 
 
 # ------------------------------------------------------------------ least privilege
@@ -179,8 +203,8 @@ async def test_the_fleet_may_meet_and_nothing_else(render, kube, apply, account)
         await KubernetesConnector(selector="app.kubernetes.io/instance=fleet").start()
 
 
-async def test_the_planner_may_scale_its_pools_and_nothing_else(render, kube, apply, account) -> None:
-    objects = render(kube.namespace, *VARIANTS["two-roles"])
+async def test_the_planner_may_scale_its_pools_and_nothing_else(render, kube, apply, custom_resources, account) -> None:
+    objects = render(kube.namespace, *VARIANTS["several-nodes"])
     other = {"metadata": {"name": "other", "labels": {"app.kubernetes.io/instance": "fleet", "dynamo/role": "aggregated"}},
              "spec": {"replicas": 1, "selector": {"matchLabels": {"a": "b"}},
                       "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "main", "image": "none"}]}}}}
@@ -193,7 +217,7 @@ async def test_the_planner_may_scale_its_pools_and_nothing_else(render, kube, ap
     assert config.planner is not None
     connector = KubernetesConnector(selector=config.planner.options["connector"]["selector"])
     await connector.start()
-    assert set(await connector.observe()) == {"prefill", "decode"}
+    assert {role: state.gpus_per_replica for role, state in (await connector.observe()).items()} == {"prefill": 0, "decode": 16}
     await connector.scale({"prefill": 2, "decode": 4}, reason="it may")
     assert {role: state.desired for role, state in (await connector.observe()).items()} == {"prefill": 2, "decode": 4}
     events, _ = await kube.listing(kube.path("v1", "events"))
