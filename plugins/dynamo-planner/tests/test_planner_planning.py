@@ -32,6 +32,8 @@ class Fleet:
     at: float = 0.0
     looked: float = 0.0
     desired: int = 1
+    room: int = 1000
+    """Replicas beyond this never start."""
     starting: list[float] = attrs.field(factory=list)
     reports_missing: int = 0
     held: float = 0.0
@@ -41,7 +43,7 @@ class Fleet:
 
     @property
     def ready(self) -> int:
-        return self.desired - sum(when > self.at for when in self.starting)
+        return min(self.room, self.desired - sum(when > self.at for when in self.starting))
 
     async def start(self) -> None: ...
     async def close(self) -> None: ...
@@ -49,7 +51,9 @@ class Fleet:
     async def observe(self) -> Mapping[str, RoleState]:
         if self.blind:
             raise ConnectorUnavailable("the API server does not answer")
-        return {"aggregated": RoleState(desired=self.desired, ready=self.ready, starting=self.desired - self.ready, draining=0, gpus_per_replica=1, stable=True)}
+        starting = self.desired - self.ready
+        return {"aggregated": RoleState(desired=self.desired, ready=self.ready, starting=starting, draining=0, gpus_per_replica=1, stable=not starting,
+                                        reducible=max(0, self.desired - self.room))}
 
     async def scale(self, targets: Mapping[str, int], *, reason: str) -> None:
         if self.broken is not None:
@@ -162,6 +166,23 @@ async def test_replicas_that_do_not_come_are_called_stuck(engine):
     fleet = Fleet(rate=200.0, cold=1e9)
     decision = await ticks(planner(fleet, engine, stuck_after=3, cold_start=20.0), fleet, 30)
     assert any("replicas are desired and 1 are ready" in what for what in decision.stuck)
+
+
+async def test_a_cluster_without_room_is_asked_again_only_after_a_while(engine, tmp_path: Path):
+    fleet = Fleet(rate=200.0, room=2)
+    first = planner(fleet, engine, retry=120.0, record=tmp_path / "d.jsonl")
+    decision = await ticks(first, fleet, 12)
+    assert fleet.desired == 2
+    assert "never started" in decision.won("aggregated").why
+    asked = [d for d in first.ring if d.action == "scaled" and d.targets["aggregated"] > 2]
+    assert len(asked) == 1, "once, and not again and again"
+    again = planner(fleet, engine, retry=120.0)
+    again.mind.recall(read_journal(tmp_path / "d.jsonl"), fleet.at)
+    await ticks(again, fleet, 3)
+    assert fleet.desired == 2, "a planner that starts again knows it too"
+    fleet.room = 100
+    await ticks(again, fleet, 20)
+    assert fleet.ready > 2
 
 
 async def test_an_idle_fleet_goes_to_zero_and_a_held_request_wakes_it(engine):

@@ -10,7 +10,7 @@ from dynamo_core.errors import ConfigError, PluginError
 from dynamo_core.plugins import Plugins
 from dynamo_planner import build
 from dynamo_planner.config import Metrics, Planner
-from dynamo_planner.contract import Constrained, Expected, Limits, Load, Outlook, Proposal, WorkerReport
+from dynamo_planner.contract import Constrained, Expected, Limits, Load, Outlook, Proposal, Unstarted, WorkerReport
 from dynamo_planner.decide import Stages
 from dynamo_planner.stages.constraints import Budget, Idle, Patience, Reachable, Step, share
 from dynamo_planner.stages.forecast import ForecastLoad
@@ -180,6 +180,17 @@ def test_replicas_that_never_start_are_taken_back(view, state):
     ruled = Reachable().constrain(seen, {"aggregated": 9})
     assert ruled.targets["aggregated"] == 4
     assert "2 of 6 will never start" in ruled.why["aggregated"]
+
+
+def test_replicas_that_never_started_are_not_asked_for_again_for_a_while(view, state):
+    taken_back = {"fleet": {"aggregated": state(4)}, "unstarted": {"aggregated": Unstarted(at=900.0, count=2, beside=4)}, "limits": Limits(retry=300.0)}
+    ruled = Reachable().constrain(view(at=1000.0, **taken_back), {"aggregated": 9})
+    assert ruled.targets["aggregated"] == 4
+    assert ruled.why["aggregated"] == "2 never started 100 s ago; tried again in 200 s"
+    assert Reachable().constrain(view(at=1000.0, **taken_back), {"aggregated": 3}).targets["aggregated"] == 3
+    assert Reachable().constrain(view(at=1200.0, **taken_back), {"aggregated": 9}).targets["aggregated"] == 9
+    more = {**taken_back, "fleet": {"aggregated": state(6, ready=4)}}
+    assert Reachable().constrain(view(at=1000.0, **more), {"aggregated": 9}).targets["aggregated"] == 6, "somebody else found room"
 
 
 def test_a_short_budget_goes_to_the_role_that_lacks_most(view, state):

@@ -122,6 +122,8 @@ class Planner:
     """Replicas of one role that one decision adds or takes away."""
     patience: float = _duration(180.0, validator=v.ge(0))
     """Seconds for which fewer replicas must have been enough before they become fewer."""
+    retry: float = _duration(300.0, validator=v.ge(0))
+    """Seconds for which replicas that never started are not asked for again, after they were taken back."""
     idle: float | None = _duration(None, validator=v.optional(v.gt(0)))
     """Seconds without demand after which nothing runs at all, until a request is held for a cold model. Unset: never."""
     dry_run: bool = False
@@ -151,4 +153,4 @@ class Planner:
                 raise ValueError(f"the maximum of {role} is {most} and its minimum {limits.least(role)}")
 
     def limits(self) -> Limits:
-        return Limits(self.gpus, dict(self.minimum), dict(self.maximum), self.max_step, self.patience, self.idle)
+        return Limits(self.gpus, dict(self.minimum), dict(self.maximum), self.max_step, self.patience, self.idle, self.retry)

@@ -170,12 +170,24 @@ class Limits:
     """Seconds for which fewer replicas must have been enough before they become fewer."""
     idle: float | None = None
     """Seconds without any demand after which nothing runs at all; None: never."""
+    retry: float = 300.0
+    """Seconds for which replicas that never started are not asked for again."""
 
     def least(self, role: str) -> int:
         return self.minimum.get(role, 1)
 
     def most(self, role: str) -> int | None:
         return self.maximum.get(role)
+
+
+@attrs.frozen
+class Unstarted:
+    """Replicas of a role that never started, when that was seen last."""
+
+    at: float
+    count: int
+    beside: int
+    """How many there were that did start, or still might."""
 
 
 @attrs.frozen
@@ -200,6 +212,8 @@ class View:
     """From the decision to a replica that serves."""
     wanted: Sequence[tuple[float, Targets]] = ()
     """What was reconciled at the ticks before, and when; the newest last."""
+    unstarted: Mapping[str, Unstarted] = attrs.field(factory=dict)
+    """By role, if there were any."""
 
     def replicas(self, role: str) -> int:
         """What is there or on its way."""

@@ -38,6 +38,7 @@ def what_if(mind: Mind, past: Sequence[Decision], factors: Mapping[str, float]) 
         raise ConfigError(Problem("no decision was recorded yet that saw everything", remedy="let `dynamo planner run` make a few"))
     last = usable[-1]
     for decision in past:
+        mind.notice(decision.at, {role: seen.state() for role, seen in decision.fleet.items()})
         if decision.interval is not None:
             load = _scaled(decision.interval.load(), factors)
             mind.history.restore(load)

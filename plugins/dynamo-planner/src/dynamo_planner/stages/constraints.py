@@ -41,7 +41,7 @@ class Patience:
 
 @attrs.frozen
 class Reachable:
-    """Replicas that will never start are taken back, and no more are asked for on top of them."""
+    """Replicas that will never start are taken back, and for a while no more are asked for: there is no room, or something is wrong with them."""
 
     stage: ClassVar[Literal["constrain"]] = "constrain"
     name: ClassVar[str] = "reachable"
@@ -49,10 +49,16 @@ class Reachable:
     def constrain(self, view: View, targets: Targets) -> Constrained:
         def rule(role: str, target: int) -> tuple[int, str]:
             state = view.observation.fleet.get(role)
-            if state is None or not state.reducible:
+            if state is None:
                 return target, ""
-            reachable = max(state.ready, state.desired - state.reducible)
-            return min(target, reachable), f"{state.reducible} of {state.desired} will never start"
+            if state.reducible:
+                reachable = max(state.ready, state.desired - state.reducible)
+                return min(target, reachable), f"{state.reducible} of {state.desired} will never start"
+            past = view.unstarted.get(role)
+            if past is None or (left := past.at + view.limits.retry - view.at) <= 0:
+                return target, ""
+            # What somebody else has added meanwhile stays: it may well have found room.
+            return min(target, max(past.beside, state.desired)), f"{past.count} never started {view.at - past.at:.0f} s ago; tried again in {left:.0f} s"
 
         return _each(view, targets, rule)
 
