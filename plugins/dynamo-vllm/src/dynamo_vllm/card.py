@@ -58,7 +58,7 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         defaults=Sampling(**{name: value for name, value in defaults.items() if name != "max_tokens"}),
         default_max_tokens=defaults.get("max_tokens"),
         block_size=cache.block_size,
-        total_blocks=cache.num_gpu_blocks,
+        total_blocks=cache.num_gpu_blocks and cache.num_gpu_blocks // parallel.data_parallel_size,  # vLLM adds up what the ranks have
         max_sequences=scheduler.max_num_seqs,
         max_batched_tokens=scheduler.max_num_batched_tokens,
         dp_size=parallel.data_parallel_size,
@@ -67,6 +67,12 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         capabilities=(*_capabilities(vllm, lora=lora), *(("media",) if images else ())) if pooling is None else _POOLS[task or ""],
         engine=f"vLLM {vllm.version}{' on CPU' if vllm.on_cpu else ''}",
     )
+
+
+def of_headless(vllm: Vllm, config: Any, ranks: tuple[int, ...]) -> ModelCard:
+    """Of a node that serves nobody; for its own process only."""
+    return ModelCard(name=name_of(config.model_config.model), surfaces=(), dp_start=ranks[0] if ranks else 0, dp_size=len(ranks),
+                     engine=f"vLLM {vllm.version}, without a head")  # fmt: skip
 
 
 _POOLS = {"embed": ("embeddings",), "classify": ("classify",)}

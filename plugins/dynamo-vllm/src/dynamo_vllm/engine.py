@@ -16,11 +16,14 @@ from attrs import validators as v
 from dynamo_core.cards import ModelCard
 from dynamo_core.context import Context
 from dynamo_core.engines import EngineContext
-from dynamo_core.errors import EngineDead
+from dynamo_core.errors import ConfigError, EngineDead, EngineFailed, Problem
 from dynamo_core.types import Output, Request
 from dynamo_vllm import card, vllm_api
+from dynamo_vllm.headless import Headless
 from dynamo_vllm.kv_feed import KvFeed
+from dynamo_vllm.launch import launched
 from dynamo_vllm.load import LoadReports
+from dynamo_vllm.nodes import OtherNodes, Place
 from dynamo_vllm.running import Running
 from dynamo_vllm.vllm_api import Vllm
 
@@ -30,6 +33,11 @@ _OURS = {
     "model": "'model'", "kv_events_config": "'kv_events'", "kv_transfer_config": "'role' and 'transfer'", "served_model_name": "'served_name' of the worker",
 }
 """Arguments of vLLM that this plugin sets itself, and what to use instead."""
+
+
+_NO_PLACE = ConfigError(Problem("a headless node is a part of an engine on several nodes, and 'args' do not say which part",
+                                remedy="data_parallel_size, data_parallel_size_local, data_parallel_start_rank, data_parallel_address and "
+                                       "data_parallel_rpc_port, as for vllm serve --headless; or nnodes, node_rank and master_addr"))  # fmt: skip
 
 
 def _not_ours(engine: VllmEngine, attribute: object, value: Mapping[str, Any]) -> None:
@@ -54,9 +62,11 @@ class VllmEngine:
     """How blocks travel between the two, as in vLLM's KVTransferConfig. Default: { kv_connector = "NixlConnector" }, which needs the package nixl."""
     kv_events: bool = True
     """Publish what the prefix cache stores and removes."""
+    headless: bool = False
+    """This node runs a part of an engine whose head is on another node, and serves nobody itself: `args` say which part, as for `vllm serve --headless`."""
     start_method: str = attrs.field(default="spawn", validator=v.in_(["spawn", "fork"]))
     """How the engine's process is made. `fork` starts within seconds, on CPU only."""
-    _running: Running | None = attrs.field(default=None, init=False, repr=False)
+    _running: Running | Headless | None = attrs.field(default=None, init=False, repr=False)
 
     async def start(self, context: EngineContext) -> ModelCard:
         progress = _Progress(context)
@@ -68,42 +78,78 @@ class VllmEngine:
         context.progress("ready", 1.0)
         return running.card
 
-    async def _start(self, context: EngineContext, phase: Callable[[str], None]) -> Running:
+    async def _start(self, context: EngineContext, phase: Callable[[str], None]) -> Running | Headless:
         phase("import vLLM")
         vllm = await asyncio.to_thread(vllm_api.load)
         directory = tempfile.TemporaryDirectory(prefix="dynamo-vllm-")
         phase("resolve the model")
-        config = await asyncio.to_thread(vllm_api.engine_config, vllm, self._arguments(vllm, Path(directory.name)))
+        config = await asyncio.to_thread(vllm_api.engine_config, vllm, self._arguments(vllm, Path(directory.name)), headless=self.headless)
+        place = vllm_api.place(config)
+        if self.headless:
+            if place is None:
+                raise _NO_PLACE
+            found = card.of_headless(vllm, config, place.ranks)
+            return await Headless.start(vllm, config, place, self.start_method, found, context, phase)
+        return await self._start_head(vllm, config, place, directory, context, phase)
+
+    async def _start_head(self, vllm: Vllm, config: Any, place: Place | None, directory: tempfile.TemporaryDirectory[str], context: EngineContext,
+                          phase: Callable[[str], None]) -> Running:  # fmt: skip
         caches = self.kv_events and config.cache_config.enable_prefix_caching and config.model_config.runner_type != "pooling"
         loads = LoadReports(context.load)
-        ranks = range(config.parallel_config.data_parallel_size) if caches else ()
+        ranks = range(config.parallel_config.data_parallel_size) if place is None else place.ranks
         # before the engine: what it publishes first must find somebody who listens
-        feeds = [KvFeed(rank, vllm_api.kv_endpoints(Path(directory.name), rank), context.kv_events) for rank in ranks]
+        feeds = [KvFeed(rank, vllm_api.kv_endpoints(Path(directory.name), rank), context.kv_events) for rank in (ranks if caches else ())]
+        broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        others = None if place is None else OtherNodes(place, vllm.version, lambda reason: self._lost(reason, broken), self._leaving)
         engine: Any = None
         try:
-            phase("load the model")
-            engine = await asyncio.to_thread(vllm_api.launch, vllm, config, self.start_method, vllm_api.stat_logger(vllm, loads.record))
+            if others is not None:
+                await others.open()
+            phase("load the model" if others is None else "load the model, wait for the other nodes")
+            engine = await launched(lambda: vllm_api.launch(vllm, config, self.start_method, vllm_api.stat_logger(vllm, loads.record)), broken)
+            if caches and others is not None:
+                feeds += [KvFeed(rank, endpoints, context.kv_events) for rank, endpoints in vllm_api.kv_sources(engine).items()]
             tokenizer = await asyncio.to_thread(card.tokenizer_json, engine)
             task = await vllm_api.pooling_task(engine)
             found = card.card_of(vllm, engine, tokenizer, kv_events=caches, lora=config.lora_config is not None, role=self.role, task=task)
-            running = Running(vllm, engine, found, tokenizer, context, loads, feeds, directory)
+            self._running = running = Running(vllm, engine, found, tokenizer, context, loads, feeds, others, directory)
+            if broken.done():
+                broken.result()
             phase("warm up")
             await running.warm_up()
             for name, path in self.adapters.items():
                 await running.adapters.load(name, path)
         except BaseException:
+            self._running = None
             for feed in feeds:
                 await feed.close()
             if engine is not None:
                 await vllm_api.shut_down(engine, 0)
+            if others is not None:
+                await others.close()
             directory.cleanup()
             raise
+        finally:
+            broken.cancel()
+        if others is not None:
+            others.ready()
         return running
+
+    def _lost(self, reason: str, broken: asyncio.Future[None]) -> None:
+        """A node that this engine cannot do without is gone."""
+        if isinstance(self._running, Running):
+            self._running.lost(reason)
+        elif not broken.done():
+            broken.set_exception(EngineFailed(reason))
+
+    def _leaving(self, reason: str) -> None:
+        if isinstance(self._running, Running):
+            self._running.leave(reason)
 
     def _arguments(self, vllm: Vllm, directory: Path) -> dict[str, Any]:
         args: dict[str, Any] = {"scheduling_policy": "priority", **self.args, "model": self.model, "served_model_name": card.name_of(self.model)}
         if self.kv_events:
-            args["kv_events_config"] = vllm_api.kv_events_config(vllm, directory)
+            args["kv_events_config"] = vllm_api.kv_events_config(vllm, directory, headless=self.headless)
         if self.role != "aggregated":
             args["kv_transfer_config"] = vllm_api.kv_transfer_config(vllm, self.role, self.transfer)
         if self.adapters:
@@ -144,7 +190,7 @@ class VllmEngine:
         if running is not None:
             await running.stop()
 
-    def _alive(self) -> Running:
+    def _alive(self) -> Running | Headless:
         if self._running is None:
             raise EngineDead("vLLM is not running")
         return self._running

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.context import Context
+from dynamo_core.ending import ended
 from dynamo_core.engines import EngineContext, admit
 from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestError, WorkerDraining, WorkerOverloaded
 from dynamo_core.types import Output, Request, Sampling, Stops
@@ -24,6 +25,7 @@ from dynamo_vllm.adapters import Adapters
 from dynamo_vllm.images import MEDIA, opened
 from dynamo_vllm.kv_feed import KvFeed
 from dynamo_vllm.load import LoadReports
+from dynamo_vllm.nodes import OtherNodes
 from dynamo_vllm.translate import Reader, sampling_params
 from dynamo_vllm.vllm_api import Vllm
 
@@ -43,7 +45,7 @@ _serial = itertools.count()
 
 class Running:
     def __init__(self, vllm: Vllm, engine: Any, card: ModelCard, tokenizer: bytes, context: EngineContext, loads: LoadReports,
-                 feeds: Sequence[KvFeed], directory: tempfile.TemporaryDirectory[str]) -> None:  # fmt: skip
+                 feeds: Sequence[KvFeed], others: OtherNodes | None, directory: tempfile.TemporaryDirectory[str]) -> None:  # fmt: skip
         self.card = card
         self.tokenizer = tokenizer
         self.adapters = Adapters(vllm, engine, card, self._offer)
@@ -53,17 +55,21 @@ class Running:
         self._loads = loads
         self._loads.total_blocks = card.total_blocks or 0
         self._feeds = feeds
+        self._others = others
         self._directory = directory
         self._streams = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._asleep = False
         self._dead: str | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._watching = asyncio.create_task(self._watch(), name="watch vLLM")
 
     # -------------------------------------------------------------- requests
 
     async def generate(self, request: Request, context: Context) -> AsyncGenerator[Output, None]:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
         if self._asleep:
             raise WorkerDraining("this engine sleeps")
         pools = self.card.pooling is not None
@@ -179,20 +185,37 @@ class Running:
             self._dead = reason
             self._context.died(reason)
 
+    def lost(self, reason: str) -> None:
+        """The engine is not whole any more. vLLM itself would let requests wait for what is gone."""
+        vllm_api.end_streams(self._engine, self._vllm.EngineDeadError())
+        self._died(reason)
+
+    def leave(self, reason: str) -> None:
+        """Take no more requests, let those in progress end, and then the engine."""
+        if self._dead is None and self._leaving is None:
+            log.warning("%s: this engine ends with it", reason)
+            self._leaving = asyncio.create_task(self._leave(reason), name="leave")
+
+    async def _leave(self, reason: str) -> None:
+        self._context.offer(())
+        await self._let_go()
+        self._died(reason)
+
     async def drain(self) -> None:
         """Wait until peers have fetched the blocks of every prompt that was computed for them."""
         while self._dead is None and self.card.role == "prefill" and self._loads.used_blocks:  # noqa: ASYNC110 (vLLM only counts them)
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        self._watching.cancel()
+        await ended(self._watching, self._leaving)
         self._dead = self._dead or "vLLM was stopped"
         self._loads.close()
         vllm_api.end_streams(self._engine, self._vllm.EngineDeadError())
         for feed in self._feeds:
             await feed.close()
         await vllm_api.shut_down(self._engine, _SHUTDOWN)
-        await asyncio.gather(self._watching, return_exceptions=True)
+        if self._others is not None:
+            await self._others.close()
         self._directory.cleanup()
 
     def metrics(self) -> bytes:
@@ -226,12 +249,15 @@ class Running:
         """Leave discovery, let requests in progress end, then free what the level says. `wake` undoes it."""
         if not self._asleep:
             self._context.offer(())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LETTING_GO):  # wait_for may swallow a cancellation
-                    await self._quiet.wait()
+            await self._let_go()
             self._asleep = True
             await self._engine.sleep(int(arguments.get("level", 1)))
         return {"asleep": True}
+
+    async def _let_go(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LETTING_GO):  # wait_for may swallow a cancellation
+                await self._quiet.wait()
 
     async def _wake(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._asleep:

@@ -20,6 +20,7 @@ import attrs
 
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_vllm import orphan
+from dynamo_vllm.nodes import Place
 
 SUPPORTED = "0.32"
 """The minor version that the tests run against; another is tried, and refused only if a call that we need has changed."""
@@ -40,6 +41,7 @@ _NEEDS: Mapping[str, Sequence[str]] = {
     "KVEventsConfig": ("endpoint", "replay_endpoint", "topic"),
     "LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
     "AsyncLLM.get_supported_tasks": (),
+    "AsyncLLM.get_kv_event_sources": (),
     "PoolingParams": ("task", "use_activation", "extra_kwargs"),
     "SamplingParams": ("structured_outputs", "output_kind", "detokenize", "min_p", "min_tokens", "logit_bias", "extra_args"),
     "StructuredOutputsParams": ("json", "regex", "choice", "grammar", "json_object"),
@@ -148,7 +150,7 @@ def _environment() -> None:
 # ------------------------------------------------------------------ from options to a running engine
 
 
-def engine_config(vllm: Vllm, args: Mapping[str, Any]) -> Any:
+def engine_config(vllm: Vllm, args: Mapping[str, Any], *, headless: bool = False) -> Any:
     """vLLM's configuration. :raises ConfigError: an argument that vLLM does not know or does not accept."""
     known = [field.name for field in _dataclass_fields(vllm.AsyncEngineArgs)]
     unknown = [name for name in args if name not in known]
@@ -162,8 +164,8 @@ def engine_config(vllm: Vllm, args: Mapping[str, Any]) -> Any:
         if args.setdefault("enforce_eager", True):
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
-        return vllm.AsyncEngineArgs(**args).create_engine_config()
-    except (ValueError, TypeError, OSError, NotImplementedError) as e:
+        return vllm.AsyncEngineArgs(**args).create_engine_config(headless=headless)
+    except (ValueError, TypeError, OSError, NotImplementedError, AssertionError) as e:
         raise ConfigError(Problem(f"vLLM does not accept its arguments: {e}")) from e
 
 
@@ -178,10 +180,14 @@ def _unknown(vllm: Vllm, name: str, known: Sequence[str]) -> Problem:
 
 def launch(vllm: Vllm, config: Any, start_method: str, stat_logger: Callable[..., Any]) -> Any:
     """Start the engine core, load the model. Takes long and blocks."""
+    _prepare(start_method)
+    return vllm.AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger])
+
+
+def _prepare(start_method: str) -> None:
     # `create_engine_config` has just chosen for itself, so the last word must be here.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
     os.environ[orphan.MARK] = str(os.getpid())
-    return vllm.AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger])
 
 
 def stat_logger(vllm: Vllm, record: Callable[[int, Any], None]) -> Callable[..., Any]:
@@ -201,6 +207,60 @@ def stat_logger(vllm: Vllm, record: Callable[[int, Any], None]) -> Callable[...,
     return Recorder
 
 
+# ------------------------------------------------------------------ one engine on several nodes
+
+
+@attrs.frozen
+class Processes:
+    """Of a node without a head."""
+
+    processes: Sequence[Any]
+    end: Callable[[float], None]
+    """Gently for so many seconds. Blocks."""
+
+
+def place(config: Any) -> Place | None:
+    """Where this node stands among those of its engine; `None` when it is the only one, or when each node has a head of its own."""
+    parallel = config.parallel_config
+    spread = parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.nnodes > 1
+    if not spread or parallel.local_engines_only or parallel.data_parallel_backend != "mp":
+        return None
+    host, port = parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port
+    if parallel.nnodes > 1:
+        host, port = parallel.master_addr, parallel.master_port
+    lends = parallel.node_rank_within_dp > 0
+    ranks = () if lends else tuple(range(parallel.data_parallel_rank, parallel.data_parallel_rank + parallel.data_parallel_size_local))
+    return Place(host, port + 1, ranks, parallel.data_parallel_size, parallel.node_rank)
+
+
+def launch_headless(vllm: Vllm, config: Any, start_method: str) -> Processes:
+    """Start what a node without a head runs, as `vllm serve --headless` does. :raises ConfigError: this vLLM does it in another way."""
+    _prepare(start_method)
+    parallel = config.parallel_config
+    try:
+        executor_class = _attr("vllm.v1.executor", "Executor").get_class(config)
+        if parallel.node_rank_within_dp > 0:
+            executor = executor_class(config, monitor_workers=False)
+            return Processes([worker.proc for worker in executor.workers], lambda _: executor.shutdown())
+        manager = _attr("vllm.v1.engine.utils", "CoreEngineProcManager")(
+            local_engine_count=parallel.data_parallel_size_local, start_index=parallel.data_parallel_rank, local_start_index=0, vllm_config=config,
+            local_client=False, executor_class=executor_class, log_stats=True,
+            handshake_address=_attr("vllm.utils.network_utils", "get_tcp_uri")(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port),
+        )  # fmt: skip
+        return Processes(manager.processes, lambda seconds: manager.shutdown(timeout=seconds))
+    except (ImportError, AttributeError, TypeError) as e:
+        raise ConfigError(Problem(f"vLLM {vllm.version} has no headless nodes that this plugin can drive: {e}", remedy=f"install vLLM {SUPPORTED}.x")) from e
+
+
+def kv_sources(engine: Any) -> dict[int, tuple[str, str]]:
+    """By rank, where engine cores of other nodes publish KV events and where they replay them."""
+    return {rank: (source.endpoint, source.replay_endpoint) for rank, source in engine.get_kv_event_sources().items()
+            if source.replay_endpoint and not source.endpoint.startswith("ipc://")}  # fmt: skip
+
+
+# ------------------------------------------------------------------ KV events, KV blocks
+
+
 def kv_endpoints(directory: Path, rank: int) -> tuple[str, str]:
     """Where a rank publishes KV events and where it replays them.
 
@@ -210,8 +270,9 @@ def kv_endpoints(directory: Path, rank: int) -> tuple[str, str]:
     return f"ipc://{directory}/tcp-events:{1 + rank}", f"ipc://{directory}/tcp-replay:{1 + rank}"
 
 
-def kv_events_config(vllm: Vllm, directory: Path) -> Any:
-    events, replay = kv_endpoints(directory, 0)
+def kv_events_config(vllm: Vllm, directory: Path, *, headless: bool = False) -> Any:
+    """Of a node without a head: at free ports of its address (VLLM_HOST_IP), which the head is told when an engine core joins it."""
+    events, replay = ("tcp://*:0", "tcp://*:0") if headless else kv_endpoints(directory, 0)
     return vllm.KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=events, replay_endpoint=replay, topic="")
 
 
