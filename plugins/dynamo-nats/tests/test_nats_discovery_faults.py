@@ -176,3 +176,27 @@ async def test_losing_any_server_of_three_loses_no_lease_and_no_change(nats_serv
         await eventually(lambda: there.problem() is None)
         await following(changes, await here.items("k/"))
         assert not lease.lost.is_set()
+
+
+async def test_a_reader_that_is_told_of_an_older_end_reads_on_to_the_present_and_forgets_nobody(store, eventually, monkeypatch) -> None:
+    """A server that just came back, or a leader that just changed, may not know yet what the others have."""
+    async with store() as here, store() as there, there.watch("k/") as changes:
+        lease = await here.lease(30.0)
+        records = {f"k/{n}": b"%d" % n for n in range(30)}
+        for key, value in records.items():
+            await here.put(key, value, lease)
+        await following(changes, records)
+        ensure, asked = there._stream.ensure, []
+
+        async def outdated():
+            info = await ensure()
+            info.state.messages = info.state.last_seq = 0
+            asked.append(info)
+            return info
+
+        monkeypatch.setattr(there._stream, "ensure", outdated)
+        there._reader._broken.set()
+        await eventually(lambda: asked and there._ledger.complete)
+        await here.put("k/last", b"", lease)
+        assert await news(changes) == Put("k/last", b"", lease.id)
+        assert set(await there.items("k/")) == {*records, "k/last"}

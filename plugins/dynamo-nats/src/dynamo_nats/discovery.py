@@ -135,7 +135,7 @@ class NatsDiscovery(NatsOptions):
             name=f"{self.prefix.replace('.', '_')}_DISCOVERY", subjects=[f"{self.prefix}.discovery.>"], max_msgs_per_subject=1,
             discard=DiscardPolicy.NEW, num_replicas=self.replicas))
         self._ledger = Ledger(self._changed, self._lease_ended)
-        self._reader = Replay(self._stream, f"{self.prefix}.discovery.>", f"{self.prefix}.replay.{self._me}", self._message, self._began, self._finish)
+        self._reader = Replay(self._stream, f"{self.prefix}.discovery.>", f"{self.prefix}.replay.{self._me}", self._message, self._began)
         try:
             await self._stream.check()
             self._reader.open()
@@ -338,22 +338,22 @@ class NatsDiscovery(NatsOptions):
 
     # ------------------------------------------------------------------ reading
 
-    def _began(self, stream: StreamInfo) -> None:
+    async def _began(self, stream: StreamInfo) -> None:
         created = getattr(stream, "created", None)
         self._wiped = self._created is not None and created != self._created
         self._created = created
         self._applied = 0
-        self._target = stream.state.last_seq
         self._ledger.begin()
+        self._barrier = self._target = await self._write(f"b.{self._me}", b"")
 
-    def _message(self, message: Msg, sequence: int, behind: int) -> None:
+    def _message(self, message: Msg, sequence: int) -> None:
         tokens = message.subject[len(self.prefix) + len(".discovery.") :]
         try:
             self._ledger.read(tokens, message.data, sequence)
         except (ValueError, msgspec.DecodeError) as e:
             log.warning("skipped a message of the discovery stream that is not understood: %s: %s", tokens, e)
         self._applied = sequence
-        if not self._ledger.complete and (behind == 0 or sequence >= self._target):
+        if not self._ledger.complete and sequence >= self._target:
             self._finish()
         if self._ledger.complete and self._waiting:
             for wanted, reached in self._waiting:

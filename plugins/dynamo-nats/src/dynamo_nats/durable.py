@@ -97,6 +97,6 @@ class DurableStream:
     # ------------------------------------------------------------------ reading
 
     def replay(self, subject: str, receive: Callable[[Msg], None]) -> Replay:
-        replay = Replay(self._stream, subject, f"{self._prefix}.replay.{secrets.token_hex(8)}", lambda message, _, __: receive(message))
+        replay = Replay(self._stream, subject, f"{self._prefix}.replay.{secrets.token_hex(8)}", lambda message, _: receive(message))
         replay.open()
         return replay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -13,7 +13,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamConfig, 
 from nats.js.errors import APIError
 
 from dynamo_core.ending import ended
-from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.errors import ConfigError, Problem, StoreUnavailable
 from dynamo_nats.connection import Connection
 
 log = logging.getLogger(__name__)
@@ -79,18 +79,18 @@ class Stream:
 class Replay:
     """Reads messages of the stream from the first one on, in order, through every kind of interruption.
 
-    `received` gets each message, its number, and how many are there behind it. After an interruption it goes on behind the last message; or, when there is
-    somebody to tell (`began`), it reads everything anew. `empty` is called when there is nothing to read yet.
+    `received` gets each message and its number. After an interruption it goes on behind the last message; or, when there is somebody to tell (`began`),
+    it reads everything anew. Where the end is, no server is asked: the one that sends may hold an older copy, and then its end is an older one. Who must know
+    appends a message, and has read everything once he reads that.
     """
 
-    def __init__(self, stream: Stream, subject: str, inbox: str, received: Callable[[Msg, int, int], None],
-                 began: Callable[[StreamInfo], None] | None = None, empty: Callable[[], None] | None = None) -> None:
+    def __init__(self, stream: Stream, subject: str, inbox: str, received: Callable[[Msg, int], None],
+                 began: Callable[[StreamInfo], Awaitable[None]] | None = None) -> None:
         self._stream = stream
         self._subject = subject
         self._inbox = inbox
         self._received = received
         self._began = began
-        self._empty = empty
         self._generation = 0
         self._deliver = ""
         """Where the consumer in use sends to. Each has its own: what an earlier one still sends is told apart."""
@@ -128,7 +128,7 @@ class Replay:
                 continue
             try:
                 await self._begin()
-            except (NatsError, TimeoutError) as e:
+            except (NatsError, TimeoutError, StoreUnavailable) as e:
                 log.debug("cannot read %s from its stream: %r", self._subject, e)
                 await asyncio.sleep(RETRY)
                 self._broken.set()
@@ -147,15 +147,12 @@ class Replay:
         self._expected = 1
         self._heard = self._loop.time()
         if self._began is not None:
-            self._began(stream)
+            await self._began(stream)
         policy = DeliverPolicy.BY_START_SEQUENCE if self._last else DeliverPolicy.ALL
-        consumer = await self._stream.connection.client.jetstream(timeout=TIMEOUT).add_consumer(self._stream.name, ConsumerConfig(
+        await self._stream.connection.client.jetstream(timeout=TIMEOUT).add_consumer(self._stream.name, ConsumerConfig(
             name=f"replay-{secrets.token_hex(6)}", deliver_subject=self._deliver, filter_subject=self._subject,
             ack_policy=AckPolicy.NONE, deliver_policy=policy, opt_start_seq=self._last + 1 if self._last else None, idle_heartbeat=_BEAT,
             inactive_threshold=30.0, mem_storage=True, num_replicas=1, max_deliver=1))
-        delivered = consumer.delivered.consumer_seq if consumer.delivered else 0
-        if self._empty is not None and not consumer.num_pending and not delivered and self._expected == 1:
-            self._empty()
 
     def _message(self, message: Msg) -> None:
         """What the consumer sends; its reply subject carries the numbers. A heartbeat says which message should have been the last."""
@@ -174,7 +171,7 @@ class Replay:
             return
         self._expected += 1
         self._last = stored
-        self._received(message, stored, int(tokens[-1]))
+        self._received(message, stored)
 
 
 def _unanswered(error: Exception) -> bool:
