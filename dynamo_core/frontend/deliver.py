@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from starlette.types import Send
 
@@ -46,11 +46,12 @@ async def stream(job: Job, generation: Generation, first: Sequence[Delta], excha
     )
     if isinstance(chunks, CompletionChunks) and job.echo:
         chunks.prompt_logprobs = _prompt_logprobs(job, generation)
-    read, write = generation.read, _Writer(job, generation, chunks, exchange, itl).write
+    writer = _Writer(job, generation, chunks, exchange, itl)
+    read, write = generation.read, writer.write
     exchange.responding, exchange.status = True, 200
     await send({"type": "http.response.start", "status": 200, "headers": _headers(exchange, generation, _SSE, _NO_CACHE, _NO_BUFFERING)})
     if isinstance(send, DirectSend) and isinstance(generation, Pouring):
-        generation.pour(_Direct(send, write))
+        generation.pour(_Direct(send, writer))
     deltas = first
     payload = b""
     while deltas:
@@ -93,18 +94,16 @@ class _Writer:
 class _Direct:
     """Sends what a generation pours, without a turn of the reading task."""
 
-    __slots__ = ("_send", "_write")
+    __slots__ = ("_send", "_write", "ready")
 
-    def __init__(self, send: DirectSend, write: Callable[[Sequence[Delta]], bytes]) -> None:
-        self._send = send
-        self._write = write
-
-    def ready(self) -> bool:
-        return self._send.ready()
+    def __init__(self, send: DirectSend, writer: _Writer) -> None:
+        self.ready = send.ready
+        self._send = send.write
+        self._write = writer.write
 
     def take(self, deltas: Sequence[Delta]) -> None:
         if payload := self._write(deltas):
-            self._send.write(payload)
+            self._send(payload)
 
 
 async def unary(job: Job, generation: Generation, first: Sequence[Delta], exchange: Exchange, itl: ItlRecorder, send: Send) -> None:

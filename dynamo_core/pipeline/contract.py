@@ -6,7 +6,7 @@ The HTTP surface knows nothing of workers, planes or migration; it starts a gene
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from dynamo_core.cards import ModelCard
@@ -52,7 +52,8 @@ class Generation(Protocol):
 class DeltaSink(Protocol):
     """Where deltas go that need no decision: to a client that takes them at once."""
 
-    def ready(self) -> bool:
+    @property
+    def ready(self) -> Callable[[], bool]:
         """Whether `take` may be called now. While the client is behind it may not: deltas are read then, as fast as the client takes them."""
         ...
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dynamo_core.pipeline.contract import DeltaSink, Pouring
 from dynamo_core.pipeline.migrate import TokenStream
+from dynamo_core.pipeline.places import extra_tokens
 from dynamo_core.preprocess.contract import Assembler, Preprocessor
 from dynamo_core.types import Delta, LogprobText, Output, Request, TextOptions, Usage
 
@@ -15,7 +16,8 @@ class TextGeneration(Pouring):
 
     def __init__(self, stream: TokenStream, request: Request, text: TextOptions, preprocessor: Preprocessor,
                  ended: Callable[[BaseException | None], None]) -> None:
-        self.usage = Usage(prompt_tokens=len(request.token_ids))
+        self.usage = Usage(prompt_tokens=len(request.token_ids) + extra_tokens([item.get("runs") for item in request.media or ()]))
+        self._asked_tokens = len(request.token_ids)
         self.prompt_logprobs: list[LogprobText | None] | None = None
         self._stream = stream
         self._ended: Callable[[BaseException | None], None] | None = ended
@@ -56,14 +58,27 @@ class TextGeneration(Pouring):
         if self._stops:
             return  # a stop string ends a choice in the middle of its tokens
 
-        def take(outputs: Sequence[Output]) -> bool:
-            if not sink.ready():
+        ready, give, usage, push = sink.ready, sink.take, self.usage, self._choices[0].push
+
+        def take_one(outputs: Sequence[Output]) -> bool:
+            if not ready():
                 return False
-            if deltas := self._one(outputs) if len(self._choices) == 1 else self._several(outputs):
-                sink.take(deltas)
+            delta = None
+            for output in outputs:
+                delta = push(output, delta)
+            if delta is not None:
+                usage.completion_tokens += len(delta.token_ids)
+                give((delta,))
             return True
 
-        self._stream.listen(take)
+        def take_several(outputs: Sequence[Output]) -> bool:
+            if not ready():
+                return False
+            if deltas := self._several(outputs):
+                give(deltas)
+            return True
+
+        self._stream.listen(take_one if len(self._choices) == 1 else take_several)
 
     def _one(self, outputs: Sequence[Output]) -> Sequence[Delta]:
         choice, delta = self._choices[0], None
@@ -92,6 +107,8 @@ class TextGeneration(Pouring):
     def _first(self, output: Output) -> None:
         if self._stream.cached_tokens is not None:
             self.usage.cached_tokens = self._stream.cached_tokens
+        if output.places is not None:
+            self.usage.prompt_tokens = self._asked_tokens + extra_tokens(output.places)
         if output.prompt_logprobs is not None:
             render = self._preprocessor.logprob
             self.prompt_logprobs = [None if p is None else render(p.token_id, p.logprob, p.top) for p in output.prompt_logprobs]

@@ -110,12 +110,17 @@ class TokenStream:
             return
 
         def take(outputs: Sequence[Output]) -> bool:
+            if self._leg is not leg or self._lost_at is not None:
+                return False
+            tokens: list[int] = []
             for output in outputs:
                 if output.finish_reason is not None or output.cached_tokens is not None or output.prompt_logprobs is not None:
                     return False
-            if self._leg is not leg or not sink(outputs):
+                tokens += output.token_ids
+            if not sink(outputs):
                 return False
-            self._note(leg, outputs)
+            self._emitted += tokens
+            leg.received(len(tokens), None)
             return True
 
         leg.stream.listen(take)  # pyright: ignore[reportArgumentType]
@@ -130,6 +135,8 @@ class TokenStream:
                 self._open_choices -= 1
             if output.cached_tokens is not None:
                 cached = output.cached_tokens
+                if output.places is not None:
+                    self._dispatcher.places.learn(self._request, output.places)
         if self.cached_tokens is None:
             # Only the first worker's word counts: the next one finds replayed tokens in its cache, not the client's.
             self.cached_tokens = cached if cached is not None else (0 if self._moves else None)

@@ -91,22 +91,19 @@ class Mailbox(Listening):
             return
         if waiter.done():  # the reading task was cancelled
             self._waiter = None
-        elif self._sink is None or self._finished or not self._poured(self._sink, waiter):
-            self._waiter = None
-            waiter.set_result(None)
-
-    def _poured(self, sink: Sink, waiter: asyncio.Future[None]) -> bool:
-        items = self._items
+            return
+        items, sink = self._items, self._sink
         try:
-            if not items or not sink(items):
-                return False
+            if sink is not None and items and not self._finished and sink(items):
+                self._items = []
+                self.taken(items)
+                return
         except Exception as e:  # whoever fills this mailbox has no part in it: it is the reader's
             self._waiter = None
             waiter.set_exception(e)
-            return True
-        self._items = []
-        self.taken(items)
-        return True
+            return
+        self._waiter = None
+        waiter.set_result(None)
 
 
 class BoundedMailbox(Mailbox):
