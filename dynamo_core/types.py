@@ -92,7 +92,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Hand-off between prefill and decode workers, opaque to everyone but the engines."""
     media: list[dict[str, Any]] | None = None
     """Images, in the order of the prompt: `type`, `mime`, `digest` (of the content), `start` and `length` (the prompt tokens that depend on it), and `data`
-    (bytes), or `encoded` where an encode worker has them: that is between the engines."""
+    (bytes), or `encoded` where an encode worker has them: that is between the engines. `runs`, where an engine has told it before: as in `Output.places`."""
     extra: dict[str, Any] = {}
     """Engine-specific options by engine name."""
     activation: bool | None = None
@@ -128,6 +128,9 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     transfer: dict[str, Any] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: list[float] | None = None
+    places: list[list[int]] | None = None
+    """With the first `cached_tokens` of a request with images: for each of them, what stands in the engine's prompt in place of the token at its `start`, as
+    runs: token, how often, next token, how often, ... Left out where the engine cannot tell, and where the request says the same."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, gc=False):

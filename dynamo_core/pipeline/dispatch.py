@@ -10,6 +10,7 @@ import msgspec
 
 from dynamo_core.context import Context
 from dynamo_core.errors import CannotConnect, Disconnected, DynamoError, EngineDead, StreamTimeout, WorkerDraining, WorkerOverloaded
+from dynamo_core.pipeline.places import Places, as_engines_see
 from dynamo_core.pipeline.waiting import QueueMetrics, WaitingRoom
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.record import Decision
@@ -63,6 +64,8 @@ class Dispatcher:
     def __init__(self, router: Router, channels: Channels, inhibit_seconds: float, queue_metrics: QueueMetrics | None = None) -> None:
         self.router = router
         self.instances: dict[int, Instance] = {}
+        self.places = Places()
+        """Of the model, whatever the role."""
         self._channels = channels
         self._inhibit_seconds = inhibit_seconds
         self._changed = asyncio.Event()
@@ -144,8 +147,8 @@ class Dispatcher:
 
 def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str | None = None) -> RoutingRequest:
     """What policies may know about this request."""
+    token_ids, media = as_engines_see(request.token_ids, request.media) if request.media else (request.token_ids, ())
     return RoutingRequest(
-        id=request.id, model=request.model, token_ids=request.token_ids, prompt_tokens=len(request.token_ids), hints=request.hints,
-        adapter=request.adapter, cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant,
-        media=[{key: item[key] for key in ("digest", "start", "length") if key in item} for item in request.media] if request.media else (),
+        id=request.id, model=request.model, token_ids=token_ids, prompt_tokens=len(token_ids), hints=request.hints, adapter=request.adapter,
+        cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant, media=media,
     )

@@ -25,6 +25,7 @@ from dynamo_core.pipeline.generation import TextGeneration
 from dynamo_core.pipeline.handover import suits
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.pipeline.migrate import TokenStream
+from dynamo_core.pipeline.places import Places
 from dynamo_core.preprocess.contract import Preprocessor
 from dynamo_core.preprocess.limits import check_token_ids, fit
 from dynamo_core.routing.contract import Worker
@@ -60,6 +61,7 @@ class ServedModel:
         self.created = int(time.time())
         self.members: dict[int, Member] = {}
         self.dispatchers: dict[Role, Dispatcher] = {}
+        self._places = Places()
         self._make_dispatcher = dispatcher
         self._migration = migration
         self._around = around
@@ -79,6 +81,7 @@ class ServedModel:
     def dispatcher(self, role: Role) -> Dispatcher:
         if (found := self.dispatchers.get(role)) is None:
             found = self.dispatchers[role] = self._make_dispatcher(role)
+            found.places = self._places
         return found
 
     def check_pair(self, card: ModelCard) -> None:
@@ -152,6 +155,7 @@ class ServedModel:
 
     async def _generate(self, request: Request, text: TextOptions, context: Context) -> TextGeneration:
         self._check(request)
+        request = self._places.applied(request)
         if request.id in self._active:
             # Two requests of one id would share a booking; the caller's own id stays in the context.
             request = msgspec.structs.replace(request, id=f"{request.id}-{next(_serial):x}")
@@ -189,6 +193,7 @@ class ServedModel:
         :param role: by workers of this role alone, whatever may be missing beside them.
         :raises RequestError: the request does not fit. :raises Unavailable: the model is not ready.
         """
+        request = self._places.applied(request)
         if role is not None:
             return TokenStream(request, self.card, context, self.dispatcher(role), self._migration, self._metrics)
         self._check(request)
@@ -233,7 +238,8 @@ class ServedModel:
 
     async def route(self, request: Request, context: Context) -> str:
         self._check(request)
-        return self.dispatcher(self._main_role()).router.dry_run(routing_request(request, tenant=context.tenant)).id
+        asked = routing_request(self._places.applied(request), tenant=context.tenant)
+        return self.dispatcher(self._main_role()).router.dry_run(asked).id
 
     def _check(self, request: Request) -> None:
         """What must hold whoever built the request. :raises RequestError: the client's fault. :raises Unavailable: not ready."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,48 @@ def tiny_model() -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
     return tiny_model.make(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
+    """A model that sees."""
+    return tiny_model.make_seeing(tmp_path_factory.mktemp("models") / "seeing")
+
+
+@pytest.fixture(scope="session")
+def seeing_args() -> dict[str, Any]:
+    return {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_memory_bytes": 32 << 20, "block_size": 32, "dtype": "float32"}
+
+
+Color = tuple[int, int, int]
+
+
+@pytest.fixture(scope="session")
+def image() -> Callable[[Color], Any]:
+    def image(color: Color) -> Any:
+        from PIL import Image
+
+        return Image.new("RGB", (40, 30), color)
+
+    return image
+
+
+@pytest.fixture(scope="session")
+def image_body(image: Callable[[Color], Any]) -> Callable[..., dict[str, Any]]:
+    """A chat with a text, images of these colors, and a text after them."""
+
+    def uri(color: Color) -> str:
+        file = io.BytesIO()
+        image(color).save(file, "PNG")
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+    def body(*colors: Color, text: str = "What is it?") -> dict[str, Any]:
+        content: list[Any] = [{"type": "text", "text": text}, *({"type": "image_url", "image_url": {"url": uri(color)}} for color in colors),
+                              {"type": "text", "text": " Say."}]  # fmt: skip
+        return {"model": "seeing", "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0, "ignore_eos": True,
+                "dynamo": {"annotations": ["token_ids", "prompt_token_ids"]}}  # fmt: skip
+
+    return body
 
 
 @pytest.fixture(scope="session")

@@ -200,15 +200,33 @@ def test_a_node_that_is_killed_ends_its_engine_and_a_new_one_makes_it_whole(flee
     fleet.stack.wait(lambda: fleet.complete(ids(4, 40), dp_rank=1)["dynamo"]["worker"] != [before], "a new engine")
 
 
-def test_a_node_that_is_told_to_end_ends_the_engine_in_order_and_a_head_that_waits_can_be_stopped(fleet: Fleet) -> None:
+def test_a_node_that_is_told_to_end_ends_the_engine_in_order(fleet: Fleet) -> None:
     before = len(fleet.stack.lines)
     fleet.node.process.send_signal(signal.SIGTERM)
     assert fleet.node.process.wait(60) == 0, "\n".join(fleet.node.lines[-30:])
     assert any("(rank 1) is leaving" in line for line in fleet.stack.lines[before:])
-    fleet.stack.wait(lambda: any("wait for the other nodes" in line for line in fleet.stack.lines[before:]), "started again")
-    time.sleep(5)  # so that it is in the midst of it
+
+
+def test_a_head_that_waits_for_others_can_be_killed_and_stopped_and_leaves_nothing_behind(fleet: Fleet) -> None:
+    import psutil
+
+    def started() -> list[Any]:
+        """The processes of a head that waits: the one that coordinates ranks, and engine cores."""
+        found = psutil.Process(fleet.stack.process.pid).children(recursive=True)
+        return found if any("DPCoordinator" in " ".join([process.name(), *process.cmdline()]) for process in found) else []
+
+    fleet.stack.wait(started, "started again")
+    (head,) = {process.ppid() for process in started() if "DPCoordinator" in " ".join([process.name(), *process.cmdline()])}
+    processes = psutil.Process(head).children(recursive=True)
+    os.kill(head, signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+    fleet.stack.wait(started, "started once more")
+    processes = started()
     fleet.stack.process.send_signal(signal.SIGINT)
     assert fleet.stack.process.wait(60) == 0, "\n".join(fleet.stack.lines[-30:])
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
 
 
 # ------------------------------------------------------------------ one rank on two nodes, and mistakes

@@ -22,7 +22,7 @@ from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestErr
 from dynamo_core.types import Output, Request, Sampling, Stops
 from dynamo_vllm import vllm_api
 from dynamo_vllm.adapters import Adapters
-from dynamo_vllm.images import MEDIA, opened
+from dynamo_vllm.images import MEDIA, opened, places_of
 from dynamo_vllm.kv_feed import KvFeed
 from dynamo_vllm.load import LoadReports
 from dynamo_vllm.nodes import OtherNodes
@@ -91,16 +91,27 @@ class Running:
         if self.card.role == "prefill" and request.transfer is None:
             request = msgspec.structs.replace(request, transfer=dict(vllm_api.PREFILL_ONLY))
         params = sampling_params(self._vllm, request, self.card, limit)
-        reader = Reader(request, self.card)
+        prompt, places = await self._prompt(request)
+        reader = Reader(request, self.card, places)
         hints = request.hints
         steps = self._engine.generate(
-            await _prompt(request), params, f"{request.id}-{next(_serial)}",
+            prompt, params, f"{request.id}-{next(_serial)}",
             lora_request=self.adapters.of(request), priority=-hints.priority, data_parallel_rank=self._rank(hints.dp_rank),
         )  # fmt: skip
         async with aclosing(steps):
             async for step in steps:
                 for output in reader.read(step):
                     yield output
+
+    async def _prompt(self, request: Request) -> tuple[dict[str, Any], list[list[int]] | None]:
+        """As vLLM takes it; and what stands for each image, when the request does not know it."""
+        if not request.media:
+            return vllm_api.tokens_prompt(request.token_ids, request.cache_salt), None
+        images = await asyncio.to_thread(lambda: [opened(item) for item in request.media or ()])
+        digests = [MEDIA + item["digest"] for item in request.media]
+        prompt = await vllm_api.images_prompt(self._engine, request.token_ids, request.cache_salt, images, digests)
+        places = places_of(request, *vllm_api.image_places(prompt))
+        return prompt, None if places == [item.get("runs") for item in request.media] else places
 
     async def _pool(self, request: Request) -> AsyncGenerator[Output, None]:
         if not request.token_ids:
@@ -281,13 +292,6 @@ class Running:
         """Tell the worker which models this engine serves now."""
         if not self._asleep:
             self._context.offer((self.card, *self.adapters.cards()))
-
-
-async def _prompt(request: Request) -> dict[str, Any]:
-    if not request.media:
-        return vllm_api.tokens_prompt(request.token_ids, request.cache_salt)
-    images = await asyncio.to_thread(lambda: [opened(item) for item in request.media or ()])
-    return vllm_api.images_prompt(request.token_ids, request.cache_salt, images, [MEDIA + item["digest"] for item in request.media])
 
 
 class _OnlyVllm(CollectorRegistry):

@@ -66,9 +66,10 @@ def _structured(vllm: Vllm, request: Request) -> Any:
 class Reader:
     """Turns the steps of one request into outputs."""
 
-    __slots__ = ("_ends", "_logprobs", "_prompt", "_prompt_logprobs", "_prompt_told", "_told")
+    __slots__ = ("_ends", "_logprobs", "_places", "_prompt", "_prompt_logprobs", "_prompt_told", "_told")
 
-    def __init__(self, request: Request, card: ModelCard) -> None:
+    def __init__(self, request: Request, card: ModelCard, places: list[list[int]] | None = None) -> None:
+        self._places = places
         self._ends = card.eos_token_ids
         self._logprobs = request.logprobs
         self._prompt_logprobs = request.prompt_logprobs
@@ -94,6 +95,7 @@ class Reader:
             if not self._told:
                 self._told = True
                 output.cached_tokens = step.num_cached_tokens
+                output.places = self._places
             if not self._prompt_told and step.prompt_logprobs:
                 self._prompt_told = True
                 k = self._prompt_logprobs or 0

@@ -360,12 +360,19 @@ def sees(engine: Any) -> tuple[bool, str]:
         return True, ""
 
 
-def images_prompt(token_ids: list[int], cache_salt: str | None, images: list[Any], digests: list[str]) -> dict[str, Any]:
+async def images_prompt(engine: Any, token_ids: list[int], cache_salt: str | None, images: list[Any], digests: list[str]) -> dict[str, Any]:
     """A prompt with images, which vLLM prepares in a thread of its own. The digests stand for them in vLLM's caches."""
     prompt: dict[str, Any] = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": digests}}
     if cache_salt is not None:
         prompt["cache_salt"] = cache_salt
-    return prompt
+    parse = _attr("vllm.renderers.inputs.preprocess", "parse_model_prompt")
+    (rendered,) = await engine.renderer.render_cmpl_async([parse(engine.vllm_config.model_config, prompt)])
+    return rendered
+
+
+def image_places(rendered: Mapping[str, Any]) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of a prepared prompt, and where in them each image is: first token, and how many."""
+    return rendered["prompt_token_ids"], [(place.offset, place.length) for place in rendered["mm_placeholders"].get("image", ())]
 
 
 def end_streams(engine: Any, error: Exception) -> None:
