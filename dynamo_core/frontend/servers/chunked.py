@@ -8,6 +8,7 @@ is collected, so that the head leaves with the first bytes of the body, and the 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -78,6 +79,22 @@ class _Answer(DirectSend):
         if not self._out:
             self._turn.add(self.flush)
         self._out.append(b"%x\r\n%b\r\n" % (len(body), body))
+
+    def watch(self, left: Callable[[], None]) -> Callable[[], None] | None:
+        """What hypercorn puts in the queue of `receive` passes here first."""
+        stream = self._stream
+        if (put := stream.app_put) is None:
+            return None
+
+        async def tell(message: Any) -> None:
+            if message["type"] == "http.disconnect":
+                left()
+            await put(message)
+
+        stream.app_put = tell
+        if stream.closed:
+            left()
+        return lambda: setattr(stream, "app_put", put)
 
     async def _collected(self, message: Message) -> None:
         """The whole way through hypercorn, with its writes collected."""
