@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
@@ -117,6 +118,7 @@ class HttpMetrics:
         )
         self.tenant_requests = Counter(PREFIX + "tenant_requests", "Requests that ended, by tenant", ["tenant", "status"], registry=registry)
         self.tenant_tokens = Counter(PREFIX + "tenant_tokens", "Tokens, by tenant and kind", ["tenant", "kind"], registry=registry)
+        self._started, self._ended = cache(self.started.labels), cache(self.requests.labels)  # the library takes a lock to find a child
         self._models: dict[str, _Model] = {}
         self._tenants: set[str] = set()
         self._tenant_labels = tenant_labels
@@ -126,13 +128,13 @@ class HttpMetrics:
 
     def begin(self, exchange: Exchange) -> None:
         """The model is known; the request is about to be routed."""
-        self.started.labels(exchange.endpoint, exchange.model, _type(exchange)).inc()
+        self._started(exchange.endpoint, exchange.model, _type(exchange)).inc()
         self._model(exchange.model).inflight.inc()
 
     def end(self, exchange: Exchange, seconds: float) -> None:
         """The last byte is out, or nobody wants it."""
         model, kind = exchange.model or "unknown", _type(exchange)
-        self.requests.labels(exchange.endpoint, model, kind, "error" if exchange.error_type else "success", exchange.error_type).inc()
+        self._ended(exchange.endpoint, model, kind, "error" if exchange.error_type else "success", exchange.error_type).inc()
         if exchange.error_type:
             self.failures.labels(exchange.error_code).inc()
             if exchange.error_type == "overload":
