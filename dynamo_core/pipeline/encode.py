@@ -3,13 +3,13 @@
     frontend --- images ---------------> encode worker               answers with `transfer`: for each image, what the engines need to find its embedding
     frontend --- prompt, `encoded` ----> prefill, decode, aggregated workers
 
-Whatever stands in `encoded` is the engines' own business.
+Whatever stands in `encoded` is the engines' own business, but for `with_data`: the bytes travel on as well.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -53,15 +53,17 @@ class EncodeStage:
                 if isinstance(e, NoWorker) or not e.migratable:
                     break
                 continue
-            media = [{**{key: value for key, value in item.items() if key != "data"}, "encoded": encoded}
-                     for item, encoded in zip(request.media or (), found, strict=True)]  # fmt: skip
+            media = [{**item, "encoded": encoded} for item, encoded in zip(request.media or (), found, strict=True)]
+            for item in media:
+                if not item["encoded"].get("with_data"):
+                    item.pop("data", None)
             return msgspec.structs.replace(request, media=media)
         if not self._fallback:
             raise problem
         log.warning("request %s: whoever reads the prompt encodes its images, because no encode worker can: %s", request.id, problem)
         return request
 
-    async def _ask(self, request: Request, failed: list[Worker], context: Context) -> Sequence[Any]:
+    async def _ask(self, request: Request, failed: list[Worker], context: Context) -> Sequence[Mapping[str, Any]]:
         leg = await self._dispatcher.dispatch(request, routing_request(request, failed, context.tenant), context, self._block_size)
         self.decisions.append(leg.decision.id)
         self.workers.append(self._dispatcher.label(leg.worker))

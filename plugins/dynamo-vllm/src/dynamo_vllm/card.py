@@ -44,7 +44,7 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
     return ModelCard(
         name=name_of(model.model),
         role=cast("Role", role),
-        handover=Handover() if role == "aggregated" else Handover(terms=vllm_api.handover_terms(vllm, config)),
+        handover=Handover() if role in ("aggregated", "encode") else Handover(terms=vllm_api.handover_terms(vllm, config)),
         needs=(("prefill",),) if role == "decode" else (("decode",),) if role == "prefill" else (),
         surfaces=generates if pooling is None else (*_POOLS[task or ""], *(("score",) if pooling.score else ())),
         pooling=pooling,
@@ -58,7 +58,7 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         defaults=Sampling(**{name: value for name, value in defaults.items() if name != "max_tokens"}),
         default_max_tokens=defaults.get("max_tokens"),
         block_size=cache.block_size,
-        total_blocks=cache.num_gpu_blocks and cache.num_gpu_blocks // parallel.data_parallel_size,  # vLLM adds up what the ranks have
+        total_blocks=(cache.num_gpu_blocks or 0) // parallel.data_parallel_size or None,  # vLLM adds up what the ranks have
         max_sequences=scheduler.max_num_seqs,
         max_batched_tokens=scheduler.max_num_batched_tokens,
         dp_size=parallel.data_parallel_size,

@@ -18,7 +18,7 @@ from dynamo_core.context import Context
 from dynamo_core.engines import EngineContext
 from dynamo_core.errors import ConfigError, EngineDead, EngineFailed, Problem
 from dynamo_core.types import Output, Request
-from dynamo_vllm import card, vllm_api
+from dynamo_vllm import card, vllm_api, vllm_nodes
 from dynamo_vllm.headless import Headless
 from dynamo_vllm.kv_feed import KvFeed
 from dynamo_vllm.launch import launched
@@ -30,7 +30,8 @@ from dynamo_vllm.vllm_api import Vllm
 log = logging.getLogger(__name__)
 
 _OURS = {
-    "model": "'model'", "kv_events_config": "'kv_events'", "kv_transfer_config": "'role' and 'transfer'", "served_model_name": "'served_name' of the worker",
+    "model": "'model'", "kv_events_config": "'kv_events'", "kv_transfer_config": "'role' and 'transfer'", "ec_transfer_config": "'role' and 'encoders'",
+    "served_model_name": "'served_name' of the worker",
 }
 """Arguments of vLLM that this plugin sets itself, and what to use instead."""
 
@@ -38,6 +39,11 @@ _OURS = {
 _NO_PLACE = ConfigError(Problem("a headless node is a part of an engine on several nodes, and 'args' do not say which part",
                                 remedy="data_parallel_size, data_parallel_size_local, data_parallel_start_rank, data_parallel_address and "
                                        "data_parallel_rpc_port, as for vllm serve --headless; or nnodes, node_rank and master_addr"))  # fmt: skip
+
+
+_NO_WAY = ConfigError(Problem("an encode worker does not know how what it makes of images reaches those who read prompts",
+                              remedy='encoders = { ec_connector = "ECExampleConnector", ec_connector_extra_config = { shared_storage_path = "/shared" } }, '
+                                     "here and there, or another connector of vLLM's"))  # fmt: skip
 
 
 def _not_ours(engine: VllmEngine, attribute: object, value: Mapping[str, Any]) -> None:
@@ -56,10 +62,12 @@ class VllmEngine:
     """Arguments of vLLM's AsyncEngineArgs, under vLLM's names: { max_model_len = 4096, tensor_parallel_size = 2 }."""
     adapters: dict[str, Path] = attrs.field(factory=dict)
     """LoRA adapters to load at start, directory by name; each is served as a model of its own."""
-    role: str = attrs.field(default="aggregated", validator=v.in_(["aggregated", "prefill", "decode"]))
-    """`prefill` reads prompts and hands their KV blocks to `decode` workers; `aggregated` does both."""
+    role: str = attrs.field(default="aggregated", validator=v.in_(["aggregated", "prefill", "decode", "encode"]))
+    """`prefill` reads prompts and hands their KV blocks to `decode` workers; `aggregated` does both. `encode` reads images before, and nothing else."""
     transfer: dict[str, Any] = attrs.field(factory=dict)
     """How blocks travel between the two, as in vLLM's KVTransferConfig. Default: { kv_connector = "NixlConnector" }, which needs the package nixl."""
+    encoders: dict[str, Any] = attrs.field(factory=dict)
+    """How what `encode` workers make of images reaches those who read prompts, as in vLLM's ECTransferConfig; the same for both."""
     kv_events: bool = True
     """Publish what the prefix cache stores and removes."""
     headless: bool = False
@@ -84,7 +92,7 @@ class VllmEngine:
         directory = tempfile.TemporaryDirectory(prefix="dynamo-vllm-")
         phase("resolve the model")
         config = await asyncio.to_thread(vllm_api.engine_config, vllm, self._arguments(vllm, Path(directory.name)), headless=self.headless)
-        place = vllm_api.place(config)
+        place = vllm_nodes.place(config)
         if self.headless:
             if place is None:
                 raise _NO_PLACE
@@ -94,7 +102,7 @@ class VllmEngine:
 
     async def _start_head(self, vllm: Vllm, config: Any, place: Place | None, directory: tempfile.TemporaryDirectory[str], context: EngineContext,
                           phase: Callable[[str], None]) -> Running:  # fmt: skip
-        caches = self.kv_events and config.cache_config.enable_prefix_caching and config.model_config.runner_type != "pooling"
+        caches = self._caches and config.cache_config.enable_prefix_caching and config.model_config.runner_type != "pooling"
         loads = LoadReports(context.load)
         ranks = range(config.parallel_config.data_parallel_size) if place is None else place.ranks
         # before the engine: what it publishes first must find somebody who listens
@@ -108,7 +116,7 @@ class VllmEngine:
             phase("load the model" if others is None else "load the model, wait for the other nodes")
             engine = await launched(lambda: vllm_api.launch(vllm, config, self.start_method, vllm_api.stat_logger(vllm, loads.record)), broken)
             if caches and others is not None:
-                feeds += [KvFeed(rank, endpoints, context.kv_events) for rank, endpoints in vllm_api.kv_sources(engine).items()]
+                feeds += [KvFeed(rank, endpoints, context.kv_events) for rank, endpoints in vllm_nodes.kv_sources(engine).items()]
             tokenizer = await asyncio.to_thread(card.tokenizer_json, engine)
             task = await vllm_api.pooling_task(engine)
             found = card.card_of(vllm, engine, tokenizer, kv_events=caches, lora=config.lora_config is not None, role=self.role, task=task)
@@ -146,12 +154,20 @@ class VllmEngine:
         if isinstance(self._running, Running):
             self._running.leave(reason)
 
+    @property
+    def _caches(self) -> bool:
+        return self.kv_events and self.role != "encode"
+
     def _arguments(self, vllm: Vllm, directory: Path) -> dict[str, Any]:
         args: dict[str, Any] = {"scheduling_policy": "priority", **self.args, "model": self.model, "served_model_name": card.name_of(self.model)}
-        if self.kv_events:
+        if self._caches:
             args["kv_events_config"] = vllm_api.kv_events_config(vllm, directory, headless=self.headless)
-        if self.role != "aggregated":
+        if self.role in ("prefill", "decode"):
             args["kv_transfer_config"] = vllm_api.kv_transfer_config(vllm, self.role, self.transfer)
+        if self.encoders:
+            args["ec_transfer_config"] = vllm_api.encoder_transfer_config(self.role, self.encoders)
+        elif self.role == "encode":
+            raise _NO_WAY
         if self.adapters:
             ranks = [card.lora_rank(path) or 16 for path in self.adapters.values()]
             args = {"enable_lora": True, "max_lora_rank": max(16, *ranks), "max_loras": len(self.adapters), **args}

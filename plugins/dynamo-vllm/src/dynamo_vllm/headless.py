@@ -18,7 +18,7 @@ from dynamo_core.ending import ended
 from dynamo_core.engines import EngineContext
 from dynamo_core.errors import EngineDead, EngineFailed, WorkerDraining
 from dynamo_core.types import Output, Request
-from dynamo_vllm import vllm_api
+from dynamo_vllm import vllm_nodes
 from dynamo_vllm.launch import launched
 from dynamo_vllm.nodes import Head, Place
 from dynamo_vllm.vllm_api import Vllm
@@ -35,7 +35,7 @@ class Headless:
 
     tokenizer = b""
 
-    def __init__(self, card: ModelCard, context: EngineContext, head: Head, processes: vllm_api.Processes) -> None:
+    def __init__(self, card: ModelCard, context: EngineContext, head: Head, processes: vllm_nodes.Processes) -> None:
         self.card = card
         self._context = context
         self._head = head
@@ -52,10 +52,10 @@ class Headless:
         phase(f"wait for the head at {place.host}:{place.port}")
         head = await Head.find(place, vllm.version)
         ready = asyncio.create_task(head.ready(), name="wait for the head")
-        processes: vllm_api.Processes | None = None
+        processes: vllm_nodes.Processes | None = None
         try:
             phase("load the model")
-            processes = await launched(partial(vllm_api.launch_headless, vllm, config, start_method), ready)
+            processes = await launched(partial(vllm_nodes.launch_headless, vllm, config, start_method), ready)
             while not ready.done() and all(process.is_alive() for process in processes.processes):
                 await asyncio.wait((ready,), timeout=_LOOK)
             if not ready.done():

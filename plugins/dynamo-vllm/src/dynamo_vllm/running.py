@@ -77,7 +77,8 @@ class Running:
         self._streams += 1
         self._quiet.clear()
         try:
-            async with aclosing(self._pool(request) if pools else self._generate(request, limit)) as outputs:
+            outputs = self._pool(request) if pools else self._encode(request) if self.card.role == "encode" else self._generate(request, limit)
+            async with aclosing(outputs):
                 async for output in outputs:
                     yield output
         except Exception as e:
@@ -102,6 +103,18 @@ class Running:
             async for step in steps:
                 for output in reader.read(step):
                     yield output
+
+    async def _encode(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Read the images of a prompt, and say where what became of them is. Who reads the prompt needs them too, to know how many tokens they have."""
+        prompt, _ = await self._prompt(request)
+        params = self._vllm.SamplingParams(max_tokens=1)
+        async with aclosing(self._engine.generate(prompt, params, f"{request.id}-{next(_serial)}", priority=-request.hints.priority)) as steps:
+            async for step in steps:
+                if step.finished:
+                    told = step.ec_transfer_params or {}
+                    names = [MEDIA + item["digest"] for item in request.media or ()]
+                    media = [{"with_data": True, "ec": {name: told[name]} if name in told else {}} for name in names]
+                    yield Output([], 0, "stop", transfer={"media": media})
 
     async def _prompt(self, request: Request) -> tuple[dict[str, Any], list[list[int]] | None]:
         """As vLLM takes it; and what stands for each image, when the request does not know it."""

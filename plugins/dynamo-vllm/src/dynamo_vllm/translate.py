@@ -31,7 +31,7 @@ def sampling_params(vllm: Vllm, request: Request, card: ModelCard, limit: int) -
         "logprobs": request.logprobs,
         "prompt_logprobs": request.prompt_logprobs,
         "structured_outputs": _structured(vllm, request) if request.guided is not None else None,
-        "extra_args": {"kv_transfer_params": request.transfer} if request.transfer is not None else None,
+        "extra_args": _hand_over(request),
         **_extra(request.extra.get("vllm") or {}),
     }
     params = {name: value for name, value in given.items() if value is not None}
@@ -42,6 +42,15 @@ def sampling_params(vllm: Vllm, request: Request, card: ModelCard, limit: int) -
         )  # fmt: skip
     except (ValueError, TypeError) as e:
         raise RequestError(str(e)) from e
+
+
+def _hand_over(request: Request) -> dict[str, Any] | None:
+    """What other workers have said of where KV blocks, and encoded images, are."""
+    found = {"kv_transfer_params": request.transfer} if request.transfer is not None else {}
+    encoded = [item["encoded"].get("ec", {}) for item in request.media or () if "encoded" in item]
+    if any(encoded):
+        found["ec_transfer_params"] = {name: where for item in encoded for name, where in item.items()}
+    return found or None
 
 
 def _extra(options: Mapping[str, Any]) -> Mapping[str, Any]:

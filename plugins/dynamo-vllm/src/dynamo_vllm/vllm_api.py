@@ -20,7 +20,6 @@ import attrs
 
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_vllm import orphan
-from dynamo_vllm.nodes import Place
 
 SUPPORTED = "0.32"
 """The minor version that the tests run against; another is tried, and refused only if a call that we need has changed."""
@@ -80,21 +79,21 @@ def load() -> Vllm:
     try:
         vllm = importlib.import_module("vllm")
         found = Vllm(
-            version=_attr("vllm.version", "__version__"),
+            version=attr("vllm.version", "__version__"),
             on_cpu=importlib.import_module("vllm.platforms").current_platform.is_cpu(),
-            AsyncEngineArgs=_attr("vllm.engine.arg_utils", "AsyncEngineArgs"),
-            AsyncLLM=_attr("vllm.v1.engine.async_llm", "AsyncLLM"),
+            AsyncEngineArgs=attr("vllm.engine.arg_utils", "AsyncEngineArgs"),
+            AsyncLLM=attr("vllm.v1.engine.async_llm", "AsyncLLM"),
             SamplingParams=vllm.SamplingParams,
             PoolingParams=vllm.PoolingParams,
-            StructuredOutputsParams=_attr("vllm.sampling_params", "StructuredOutputsParams"),
-            RequestOutputKind=_attr("vllm.sampling_params", "RequestOutputKind"),
-            LoRARequest=_attr("vllm.lora.request", "LoRARequest"),
-            KVEventsConfig=_attr("vllm.config", "KVEventsConfig"),
-            KVTransferConfig=_attr("vllm.config", "KVTransferConfig"),
-            StatLoggerBase=_attr("vllm.v1.metrics.loggers", "StatLoggerBase"),
-            EngineDeadError=_attr("vllm.v1.engine.exceptions", "EngineDeadError"),
-            client_errors=(_attr("vllm.exceptions", "VLLMClientError"), ValueError),
-            busy_errors=(_attr("vllm.exceptions", "GracefulHTTPError"),),
+            StructuredOutputsParams=attr("vllm.sampling_params", "StructuredOutputsParams"),
+            RequestOutputKind=attr("vllm.sampling_params", "RequestOutputKind"),
+            LoRARequest=attr("vllm.lora.request", "LoRARequest"),
+            KVEventsConfig=attr("vllm.config", "KVEventsConfig"),
+            KVTransferConfig=attr("vllm.config", "KVTransferConfig"),
+            StatLoggerBase=attr("vllm.v1.metrics.loggers", "StatLoggerBase"),
+            EngineDeadError=attr("vllm.v1.engine.exceptions", "EngineDeadError"),
+            client_errors=(attr("vllm.exceptions", "VLLMClientError"), ValueError),
+            busy_errors=(attr("vllm.exceptions", "GracefulHTTPError"),),
         )
     except ModuleNotFoundError as e:
         if e.name != "vllm":
@@ -106,7 +105,7 @@ def load() -> Vllm:
     return found
 
 
-def _attr(module: str, name: str) -> Any:
+def attr(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
@@ -180,11 +179,11 @@ def _unknown(vllm: Vllm, name: str, known: Sequence[str]) -> Problem:
 
 def launch(vllm: Vllm, config: Any, start_method: str, stat_logger: Callable[..., Any]) -> Any:
     """Start the engine core, load the model. Takes long and blocks."""
-    _prepare(start_method)
+    prepare(start_method)
     return vllm.AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger])
 
 
-def _prepare(start_method: str) -> None:
+def prepare(start_method: str) -> None:
     # `create_engine_config` has just chosen for itself, so the last word must be here.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
     os.environ[orphan.MARK] = str(os.getpid())
@@ -205,57 +204,6 @@ def stat_logger(vllm: Vllm, record: Callable[[int, Any], None]) -> Callable[...,
             pass
 
     return Recorder
-
-
-# ------------------------------------------------------------------ one engine on several nodes
-
-
-@attrs.frozen
-class Processes:
-    """Of a node without a head."""
-
-    processes: Sequence[Any]
-    end: Callable[[float], None]
-    """Gently for so many seconds. Blocks."""
-
-
-def place(config: Any) -> Place | None:
-    """Where this node stands among those of its engine; `None` when it is the only one, or when each node has a head of its own."""
-    parallel = config.parallel_config
-    spread = parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.nnodes > 1
-    if not spread or parallel.local_engines_only or parallel.data_parallel_backend != "mp":
-        return None
-    host, port = parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port
-    if parallel.nnodes > 1:
-        host, port = parallel.master_addr, parallel.master_port
-    lends = parallel.node_rank_within_dp > 0
-    ranks = () if lends else tuple(range(parallel.data_parallel_rank, parallel.data_parallel_rank + parallel.data_parallel_size_local))
-    return Place(host, port + 1, ranks, parallel.data_parallel_size, parallel.node_rank)
-
-
-def launch_headless(vllm: Vllm, config: Any, start_method: str) -> Processes:
-    """Start what a node without a head runs, as `vllm serve --headless` does. :raises ConfigError: this vLLM does it in another way."""
-    _prepare(start_method)
-    parallel = config.parallel_config
-    try:
-        executor_class = _attr("vllm.v1.executor", "Executor").get_class(config)
-        if parallel.node_rank_within_dp > 0:
-            executor = executor_class(config, monitor_workers=False)
-            return Processes([worker.proc for worker in executor.workers], lambda _: executor.shutdown())
-        manager = _attr("vllm.v1.engine.utils", "CoreEngineProcManager")(
-            local_engine_count=parallel.data_parallel_size_local, start_index=parallel.data_parallel_rank, local_start_index=0, vllm_config=config,
-            local_client=False, executor_class=executor_class, log_stats=True,
-            handshake_address=_attr("vllm.utils.network_utils", "get_tcp_uri")(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port),
-        )  # fmt: skip
-        return Processes(manager.processes, lambda seconds: manager.shutdown(timeout=seconds))
-    except (ImportError, AttributeError, TypeError) as e:
-        raise ConfigError(Problem(f"vLLM {vllm.version} has no headless nodes that this plugin can drive: {e}", remedy=f"install vLLM {SUPPORTED}.x")) from e
-
-
-def kv_sources(engine: Any) -> dict[int, tuple[str, str]]:
-    """By rank, where engine cores of other nodes publish KV events and where they replay them."""
-    return {rank: (source.endpoint, source.replay_endpoint) for rank, source in engine.get_kv_event_sources().items()
-            if source.replay_endpoint and not source.endpoint.startswith("ipc://")}  # fmt: skip
 
 
 # ------------------------------------------------------------------ KV events, KV blocks
@@ -287,6 +235,14 @@ def kv_transfer_config(vllm: Vllm, role: str, options: Mapping[str, Any]) -> Any
         return vllm.KVTransferConfig(**{**ours, **options})
     except (ValueError, TypeError) as e:
         raise ConfigError(Problem(f"vLLM does not accept engine.transfer: {e}")) from e
+
+
+def encoder_transfer_config(role: str, options: Mapping[str, Any]) -> Any:
+    """:raises ConfigError: vLLM does not accept it."""
+    try:
+        return attr("vllm.config", "ECTransferConfig")(**{"ec_role": "ec_producer" if role == "encode" else "ec_consumer", **options})
+    except (ValueError, TypeError) as e:
+        raise ConfigError(Problem(f"vLLM does not accept engine.encoders: {e}")) from e
 
 
 def handover_terms(vllm: Vllm, config: Any) -> dict[str, str | int]:
@@ -350,10 +306,10 @@ def sees(engine: Any) -> tuple[bool, str]:
     config = engine.vllm_config.model_config
     if not config.is_multimodal_model:
         return False, ""
-    limits = _attr("vllm.multimodal", "MULTIMODAL_REGISTRY").get_processing_info(config).supported_mm_limits
+    limits = attr("vllm.multimodal", "MULTIMODAL_REGISTRY").get_processing_info(config).supported_mm_limits
     if "image" not in limits:
         return False, ""
-    model = _attr("vllm.model_executor.model_loader", "get_model_cls")(config)
+    model = attr("vllm.model_executor.model_loader", "get_model_cls")(config)
     try:
         return True, model.get_placeholder_str("image", 1) or ""
     except (ValueError, NotImplementedError):
@@ -365,7 +321,7 @@ async def images_prompt(engine: Any, token_ids: list[int], cache_salt: str | Non
     prompt: dict[str, Any] = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": digests}}
     if cache_salt is not None:
         prompt["cache_salt"] = cache_salt
-    parse = _attr("vllm.renderers.inputs.preprocess", "parse_model_prompt")
+    parse = attr("vllm.renderers.inputs.preprocess", "parse_model_prompt")
     (rendered,) = await engine.renderer.render_cmpl_async([parse(engine.vllm_config.model_config, prompt)])
     return rendered
 
@@ -391,10 +347,10 @@ async def shut_down(engine: Any, seconds: float) -> None:
 
 def tokenizer_file(config: Any) -> bytes | None:
     """`tokenizer.json` as the model's repository has it."""
-    read = _attr("vllm.transformers_utils.repo_utils", "get_hf_file_bytes")
+    read = attr("vllm.transformers_utils.repo_utils", "get_hf_file_bytes")
     return read("tokenizer.json", config.model_config.tokenizer, config.model_config.tokenizer_revision or "main")
 
 
 def prometheus_registry() -> Any:
     """Where vLLM keeps its series: of this process, or of several where PROMETHEUS_MULTIPROC_DIR is set."""
-    return _attr("vllm.v1.metrics.prometheus", "get_prometheus_registry")()
+    return attr("vllm.v1.metrics.prometheus", "get_prometheus_registry")()
