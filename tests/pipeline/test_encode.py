@@ -65,6 +65,27 @@ def watch(cluster: Cluster, number: int) -> list[Request]:
     return seen
 
 
+async def test_the_bytes_go_on_where_the_encode_worker_says_that_they_are_needed() -> None:
+    async with fleet("encode", "aggregated") as cluster:
+        engine: Any = cluster.worker(0).engine
+
+        class Asking:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(engine, name)
+
+            async def generate(self, request: Request, context: Any) -> AsyncIterator[Any]:
+                async for output in engine.generate(request, context):
+                    if output.transfer is not None:
+                        for encoded in output.transfer["media"]:
+                            encoded["with_data"] = True
+                    yield output
+
+        cluster.worker(0).engine = Asking()  # type: ignore[assignment]
+        seen = watch(cluster, 1)
+        await said(cluster, "cat")
+        assert seen[0].media == [{**image("cat"), "encoded": {"digest": "cat", "with_data": True}}]
+
+
 async def test_images_go_to_the_encode_worker_and_only_what_it_made_of_them_goes_on() -> None:
     async with fleet("aggregated") as cluster:
         expected = [(await said(cluster, *digests))[0] for digests in (("cat",), ("dog",), ())]
