@@ -44,15 +44,17 @@ class KvPlus:
     """Prefers the worker on which the request costs least time, its own and that of others.
 
         work = prefill of the tokens that are not cached there, as learned from the engines
-        cost = backlog + work * (1 + work_weight + slowdown_weight * decoding) + decode_weight * output * step cost of the context
-               + memory_weight * time until enough of the KV cache is free
+        cost = backlog_weight * backlog + work * (1 + work_weight + slowdown_weight * decoding)
+               + decode_weight * output * step cost of the context + memory_weight * time until enough of the KV cache is free
     """
 
-    work_weight: float = _weight(0.7)
+    backlog_weight: float = _weight(3.0)
+    """Of the time for which others prefill there first. Above 1, requests rather wait in the router's queue, where short ones pass and news counts."""
+    work_weight: float = _weight(1.2)
     """Of the work beyond the time that it takes: it delays requests that are yet to come, and fills a cache."""
-    slowdown_weight: float = _weight(0.03)
+    slowdown_weight: float = _weight(0.05)
     """Of the same work, for each request that decodes there and is delayed by it. Above this, answers end sooner and start later."""
-    decode_weight: float = _weight(0.06)
+    decode_weight: float = _weight(0.05)
     """Of the decode time that the request will spend, and costs others, because of the context on the worker."""
     memory_weight: float = _weight(3.0)
     """Of the time for which the request would wait for others to end, where what is in use of the KV cache leaves too little for it."""
@@ -80,7 +82,7 @@ class KvPlus:
         uncached = np.maximum(1.0, prompt - cached)
         work = _column(fleet[PASS_MS]) + uncached * (_column(fleet[PREFILL_MS]) + _column(fleet[ATTENTION_MS]) * (prompt - 0.5 * uncached))
         decoding = _column(fleet[DECODING])
-        cost = _column(fleet[BACKLOG]) + work * (1.0 + self.work_weight + self.slowdown_weight * decoding)
+        cost = self.backlog_weight * _column(fleet[BACKLOG]) + work * (1.0 + self.work_weight + self.slowdown_weight * decoding)
         if self.decode_weight and request.role != "prefill":
             output = np.maximum(LEAST_OUTPUT, self._output(request, _column(fleet[OUTPUT_TOKENS])))
             step = _column(fleet[DECODE_MS]) * (_column(fleet[CONTEXT]) + 0.5 * decoding * prompt) + _column(fleet[SEQUENCE_MS]) * decoding * 1.5

@@ -12,7 +12,7 @@ from dynamo_core.config.schema import Queue
 from dynamo_kv_router.cost import KvCost
 from dynamo_kv_router.plus import KvPlus
 
-QUEUE = Queue(prefill_tokens=4096, wait_for="best", order="shortest", longest_first=0.06)
+QUEUE = Queue(prefill_tokens=4096, wait_for="best", order="shortest", ageing=5000.0)
 """Requests wait for their best worker in the router and not in the engine, so that short ones pass, and late news changes their way."""
 
 
