@@ -11,8 +11,8 @@ import ssl
 import subprocess
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -97,27 +97,46 @@ async def kube(api_server: ApiServer) -> AsyncIterator[Kube]:
         yield kube
 
 
+class Stage:
+    """`controllers.py`, loaded once."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, str(HERE / "controllers.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def say(self, *words: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(" ".join(words) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._process.communicate(timeout=GUARD)
+
+
+@pytest.fixture(scope="session")
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.close()
+
+
 @pytest.fixture
-def controllers(api_server: ApiServer, kube: Kube) -> Iterator[Callable[..., Any]]:
-    """`controllers("kubelet", "operator")` plays these roles for the namespace, in a process of its own, until the test ends."""
+def controllers(api_server: ApiServer, kube: Kube, stage: Stage) -> Iterator[Callable[..., Callable[[], None]]]:
+    """`stop = controllers("kubelet", "operator")` plays these roles for the namespace, in a process of its own, until the test ends or `stop()`."""
     with ExitStack() as stack:
 
-        def start(*roles: str, **options: str) -> subprocess.Popen[bytes]:
-            command = [sys.executable, str(HERE / "controllers.py"), str(api_server.kubeconfig(namespace=kube.namespace)), *roles,
-                       *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
-            return stack.enter_context(_running(command))
+        def start(*roles: str) -> Callable[[], None]:
+            running = [stage.say("start", str(api_server.kubeconfig(namespace=kube.namespace)), *roles)]
+
+            def stop() -> None:
+                while running:
+                    assert stage.say("stop", running.pop()) == "stopped"
+
+            stack.callback(stop)
+            return stop
 
         yield start
-
-
-@contextmanager
-def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(GUARD)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
-"""Whoever else a cluster has, each as small as it can be: run as a process beside a real API server.
+"""Whoever else a cluster has, each as small as it can be: processes beside a real API server.
 
-    controllers.py KUBECONFIG ROLE... [--ready-after=0.15] [--drain=0.2]
+    controllers.py                      each line on its input starts a process, and is answered by its id; `stop ID` ends it
+    start KUBECONFIG ROLE...            plays these roles in the namespace of that file
+
+The program is loaded once, and forked for each line: most tests want a process of their own.
 
     scheduler    gives pods a node, unless the ConfigMap `no-room` in the namespace names their role
     kubelet      makes them run, and be ready; lets those that are deleted drain. Where a container has a command, it runs: see `node.py`
@@ -10,10 +13,11 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
+import os
 import signal
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -26,13 +30,15 @@ from dynamo_kubernetes.api import CONFLICT, MERGE_PATCH, NOT_FOUND, Kube, Refuse
 from dynamo_kubernetes.records import now
 
 STEP = 0.05
+READY_AFTER, DRAIN = 0.15, 0.2
+"""Seconds that a pod without a command of its own needs to start and to end."""
 NVIDIA = "nvidia.com/v1beta1"
 SETS = "leaderworkerset.x-k8s.io/v1"
 
 
 class Controllers:
-    def __init__(self, kube: Kube, node: Node, ready_after: float, drain: float) -> None:
-        self.kube, self.node, self.ready_after, self.drain = kube, node, ready_after, drain
+    def __init__(self, kube: Kube, node: Node) -> None:
+        self.kube, self.node = kube, node
         self.since: dict[str, float] = {}
 
     async def list(self, api: str, plural: str) -> list[Any]:
@@ -64,7 +70,7 @@ class Controllers:
             if not pod["spec"].get("nodeName"):
                 continue
             if pod["metadata"].get("deletionTimestamp"):
-                if time.monotonic() - self.since.setdefault(f"end {uid}", time.monotonic()) >= self.drain and self.node.ended(pod):
+                if time.monotonic() - self.since.setdefault(f"end {uid}", time.monotonic()) >= DRAIN and self.node.ended(pod):
                     await self.kube.call("DELETE", self.kube.path("v1", "pods", name), {"gracePeriodSeconds": 0, "preconditions": {"uid": uid}})
             elif pod["spec"]["containers"][0].get("command"):
                 found = await self.node.look(pod)
@@ -73,7 +79,7 @@ class Controllers:
                     await self.status(pod, running(pod, ready=found.ready, number=found.number))
             elif pod["status"].get("phase") != "Running":
                 await self.status(pod, running(pod, ready=False))
-            elif time.monotonic() - self.since.setdefault(uid, time.monotonic()) >= self.ready_after and not is_ready(pod):
+            elif time.monotonic() - self.since.setdefault(uid, time.monotonic()) >= READY_AFTER and not is_ready(pod):
                 await self.status(pod, running(pod, ready=True))
 
     async def status(self, item: Any, status: Any) -> None:
@@ -155,20 +161,14 @@ def running(pod: Any, *, ready: bool, number: int = 0) -> Any:
     return {"phase": "Running", "conditions": conditions, "containerStatuses": statuses}
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("kubeconfig", type=Path)
-    parser.add_argument("roles", nargs="+", choices=("scheduler", "kubelet", "operator", "sets"))
-    parser.add_argument("--ready-after", type=float, default=0.15)
-    parser.add_argument("--drain", type=float, default=0.2)
-    given = parser.parse_args()
+async def run(kubeconfig: Path, roles: list[str]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # pyright: ignore[reportOptionalMemberAccess]
-    async with Kube(find(given.kubeconfig, None, None), 5.0, agent="controllers") as kube:
-        node = Node(kube, given.kubeconfig)
-        controllers = Controllers(kube, node, given.ready_after, given.drain)
+    async with Kube(find(kubeconfig, None, None), 5.0, agent="controllers") as kube:
+        node = Node(kube, kubeconfig)
+        controllers = Controllers(kube, node)
         try:
             while True:
-                await play(controllers, given.roles)
+                await play(controllers, roles)
                 await asyncio.sleep(STEP)
         finally:
             await node.close()
@@ -179,12 +179,26 @@ async def play(controllers: Controllers, roles: list[str]) -> None:
         try:
             await getattr(controllers, role)()
         except Refused as e:
-            if e.code not in (CONFLICT, NOT_FOUND):
-                raise
+            if e.code not in (CONFLICT, NOT_FOUND):  # such as 403, for a moment, from a server that has just started
+                print(f"{role}: {e}", file=sys.stderr)
         except Unreachable:
             pass
 
 
+def main() -> None:
+    for line in sys.stdin:
+        command, *words = line.split()
+        if command == "stop":
+            os.kill(int(words[0]), signal.SIGTERM)
+            os.waitpid(int(words[0]), 0)
+            print("stopped", flush=True)
+        elif pid := os.fork():
+            print(pid, flush=True)
+        else:
+            with contextlib.suppress(asyncio.CancelledError):
+                asyncio.run(run(Path(words[0]), words[1:]))
+            os._exit(0)
+
+
 if __name__ == "__main__":
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(main())
+    main()

@@ -84,7 +84,7 @@ class Node:
     async def _start(self, pod: Any, container: Any, number: int) -> Running:
         name = pod["metadata"]["name"]
         folder = self.kubeconfig.parent / f"{name}-{number}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         fields = {"metadata.name": name, "status.podIP": ADDRESS}
         environment = {entry["name"]: fields[entry["valueFrom"]["fieldRef"]["fieldPath"]] if "valueFrom" in entry else entry["value"] for entry in container["env"]}
         ports: dict[str, int] = {}
@@ -98,6 +98,7 @@ class Node:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "dynamo_core.cli", *words[1:], cwd=folder, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, **environment, "DYNAMO_SUPERVISED": str(os.getpid())})
+        (folder / "pid").write_text(str(process.pid))
         return Running(process, ports, number)
 
     async def _mounted(self, pod: Any, container: Any, folder: Path) -> list[str]:

@@ -46,7 +46,7 @@ async def connector(api_server, graph, kube):
 async def test_an_api_server_that_is_gone_for_longer_than_the_lease_costs_nothing(store, api_server, connector) -> None:
     async with store() as here, store() as there, there.watch("k/") as changes:
         assert await anext(changes) == Synced()
-        lease = await here.lease(3.0)
+        lease = await here.lease(2.0)
         await here.put("k/1", b"v", lease)
         assert await news(changes) == Put("k/1", b"v", lease.id)
         api_server.kill()
@@ -58,10 +58,10 @@ async def test_an_api_server_that_is_gone_for_longer_than_the_lease_costs_nothin
         with pytest.raises(ConnectorUnavailable):
             await connector.scale({"decode": 1}, reason="nobody hears")
         waiting = asyncio.ensure_future(anext(changes))
-        await asyncio.sleep(3.5)
+        await asyncio.sleep(2.5)
         assert not waiting.done(), "an outage is not an empty store"
         await asyncio.to_thread(api_server.start)
-        await asyncio.sleep(4.0)  # longer than the lease: its heartbeats must have come through
+        await asyncio.sleep(2.5)  # longer than the lease: its heartbeats must have come through
         assert not lease.lost.is_set()
         assert not waiting.done()
         await here.put("k/2", b"after", lease)

@@ -1,9 +1,12 @@
-"""The chart, run: a frontend, workers and the planner as the processes of pods, a load that rises and stops, and somebody else who scales meanwhile."""
+"""The chart, run: a frontend, workers and the planner as the processes of pods. A load rises and stops; meanwhile somebody else scales, the API server
+is away, and a worker is killed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,13 @@ class Site:
         while True:
             await self.ask()
 
+    async def answers(self, more: int) -> None:
+        """Wait for so many more."""
+        enough = self.codes.total() + more
+        async with asyncio.timeout(60):
+            while self.codes.total() < enough:
+                await asyncio.sleep(0.05)
+
     def told(self) -> str:
         """What the processes said, for whoever looks why this failed."""
         return "\n".join(f"{file.parent.name}: {file.read_text()[-1500:]}" for file in sorted(self.logs.glob("fleet-*/log")) + sorted(self.logs.glob("chat-*/log")))
@@ -71,7 +81,7 @@ async def site(api_server, kube, render, apply, graph, controllers, tmp_path):
         yield Site(client, journal, api_server.folder)
 
 
-async def test_the_planner_follows_a_load_and_gives_way_to_somebody_else_who_scales(site: Site, kube, graph, until) -> None:
+async def test_the_planner_follows_a_load_and_no_request_fails_whatever_else_happens(site: Site, api_server, kube, graph, until) -> None:
     async def serve(count: int) -> None:
         async def so_many() -> bool:
             return await site.workers() == count and (await graph.replicas())["worker"] == count
@@ -81,9 +91,28 @@ async def test_the_planner_follows_a_load_and_gives_way_to_somebody_else_who_sca
         except TimeoutError:
             pytest.fail(f"{count} workers do not come: {site.told()}")
 
+    async def outage() -> None:
+        api_server.kill()
+        blind = await done("skipped", after=site.decisions()[-1]["number"])
+        assert "the fleet: what runs is unknown" in blind["result"]
+        await site.answers(30)
+        assert await site.workers() == 3, "an outage is not an empty fleet"
+        await asyncio.to_thread(api_server.start)
+        await done("kept", after=site.decisions()[-1]["number"])
+
+    async def kill_a_worker() -> None:
+        pods, _ = await kube.listing(kube.path("v1", "pods"), labelSelector="role=worker")
+        name = pods[0]["metadata"]["name"]
+        os.kill(int((site.logs / f"{name}-0" / "pid").read_text()), signal.SIGKILL)
+
+        async def again() -> bool:
+            return (await kube.call("GET", kube.path("v1", "pods", name)))["status"]["containerStatuses"][0]["restartCount"] == 1
+
+        await until(again)
+
     async def done(action: str, after: int = 0) -> dict[str, Any]:
         async def found() -> dict[str, Any] | None:
-            return next((decision for decision in site.decisions() if decision.get("action") == action and decision["number"] > after), None)
+            return next((decision for decision in site.decisions() if decision.get("action", "kept") == action and decision["number"] > after), None)
 
         return await until(found)
 
@@ -95,6 +124,9 @@ async def test_the_planner_follows_a_load_and_gives_way_to_somebody_else_who_sca
         refused = await done("refused")
         assert "an-autoscaler changed aggregated from 3 to 1" in refused["result"]
         assert (await done("scaled", after=refused["number"]))["targets"] == {"aggregated": 3}, "they had their time"
+        await serve(3)
+        await outage()
+        await kill_a_worker()
         await serve(3)
     finally:
         await ended(*crowd)

@@ -207,7 +207,7 @@ async def test_waiting_until_stable_has_a_bound_and_says_what_is_missing(graph, 
 
 async def test_a_replica_of_several_pods_is_ready_when_all_of_them_are(graph, kube, connected, controllers, until) -> None:
     await graph.make(nodes=2, replicas=1)
-    running = controllers("scheduler", "operator")
+    stop = controllers("scheduler", "operator")
     connector = await connected()
 
     async def pods():
@@ -222,7 +222,7 @@ async def test_a_replica_of_several_pods_is_ready_when_all_of_them_are(graph, ku
         await graph.merge(kube.path("v1", "pods", pod["metadata"]["name"], "status"), ready)
         state = (await connector.observe())["prefill"]
         assert (state.ready, state.starting, state.stable) == ((1, 0, True) if count == 2 else (0, 1, False))
-    running.kill()
+    stop()
     waiting = {"status": {"conditions": [{"type": "Ready", "status": "False"}], "phase": "Pending", "containerStatuses": [
         {"name": "main", "ready": False, "restartCount": 4, "image": "", "imageID": "", "state": {"waiting": {"reason": "CrashLoopBackOff"}}}]}}
     await graph.merge(kube.path("v1", "pods", (await pods())[0]["metadata"]["name"], "status"), waiting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 from attrs import validators as v
@@ -25,8 +25,8 @@ log = logging.getLogger("dynamo.kubernetes")
 
 _TRIES = 20
 """Attempts at a write that somebody else's keep colliding with."""
-_LOOK = 0.3
-"""Seconds between two looks at what the platform makes of a write."""
+_LOOKS = (0.05, 1.0)
+"""Seconds between two looks at what the platform makes of a write: the first, and the longest."""
 
 
 @attrs.define(eq=False)
@@ -125,7 +125,7 @@ class KubernetesConnector(Connection):
 
     async def _ready_to_change(self, targets: Mapping[str, int]) -> Mapping[str, Workload]:
         """What runs, once no rolling update is in the way."""
-        end = time.monotonic() + self.verify_timeout
+        end, pauses = time.monotonic() + self.verify_timeout, _pauses()
         while True:
             workloads = await self._read()
             self._others.notice(workloads)
@@ -141,7 +141,7 @@ class KubernetesConnector(Connection):
                 return workloads
             if time.monotonic() > end:
                 raise ConnectorUnavailable(f"{rolling}, and nothing is scaled meanwhile")
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(next(pauses))
 
     async def _write(self, workloads: Mapping[str, Workload], targets: Mapping[str, int]) -> None:
         kube, done = self._open(), list[str]()
@@ -174,7 +174,7 @@ class KubernetesConnector(Connection):
 
     async def _verify(self, targets: Mapping[str, int]) -> Mapping[str, Workload]:
         """Read back what was written, and that the operator has carried it on."""
-        end = time.monotonic() + self.verify_timeout
+        end, pauses = time.monotonic() + self.verify_timeout, _pauses()
         while True:
             workloads = await self._read()
             for role, count in targets.items():
@@ -188,10 +188,10 @@ class KubernetesConnector(Connection):
             if time.monotonic() > end:
                 raise ConnectorUnavailable(f"{', '.join(waiting)}: the scaling adapter took the number, and the operator has not carried it to {self.graph} "
                                            f"within {self.verify_timeout:g} s; does the operator run?")
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(next(pauses))
 
     async def _settle(self, targets: Mapping[str, int]) -> None:
-        end = time.monotonic() + self.wait_stable
+        end, pauses = time.monotonic() + self.wait_stable, _pauses()
         while True:
             states = await self._states(await self._read())
             unsettled = [f"{role}: {states[role].ready} of {states[role].desired} ready, {states[role].draining} draining, {states[role].reducible} stuck"
@@ -200,7 +200,7 @@ class KubernetesConnector(Connection):
                 return
             if time.monotonic() > end:
                 raise ConnectorUnavailable(f"written, and not stable after {self.wait_stable:g} s: {'; '.join(unsettled)}")
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(next(pauses))
 
     async def _tell(self, before: Mapping[str, Workload], after: Mapping[str, Workload], reason: str) -> None:
         """An event beside each object that was changed, for `kubectl describe`. Nothing depends on it."""
@@ -242,6 +242,14 @@ class KubernetesConnector(Connection):
         if self._kube is None:
             raise ConnectorUnavailable("the connector is not connected")
         return self._kube
+
+
+def _pauses() -> Iterator[float]:
+    """Each half as long again as the one before."""
+    pause, longest = _LOOKS
+    while True:
+        yield pause
+        pause = min(1.5 * pause, longest)
 
 
 def _place(workload: Workload) -> tuple[Dial, int]:
