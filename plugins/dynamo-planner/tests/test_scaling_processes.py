@@ -23,7 +23,6 @@ import pytest
 from dynamo_core.discovery.file import FileDiscovery
 from dynamo_core.ending import ended
 from dynamo_core.runtime.demand import held
-from dynamo_core.testing.servers import free_port
 from dynamo_planner.connectors.local import LocalConnector
 
 pytestmark = pytest.mark.slow
@@ -45,13 +44,13 @@ engine = {{ use = "sim", model = "sim", pace_ms = 5.0 }}
 PLANNER = """
 [planner]
 use = "standard"
-metrics = {{ frontends = ["http://127.0.0.1:{port}"] }}
+metrics = {{ frontends = ["{url}"] }}
 connector = {{ use = "local", models = ["sim"], gpus = {{ aggregated = 1 }} }}
 tick = 0.5
-interval = 2.0
+interval = 1.0
 propose = ["load"]
-patience = 2.0
-idle = 3.0
+patience = 1.0
+idle = 2.0
 minimum = {{ aggregated = 0 }}
 maximum = {{ aggregated = 2 }}
 """
@@ -234,11 +233,11 @@ async def test_a_worker_that_is_killed_costs_no_request_and_has_a_successor(site
     assert site.connector._replicas[0].child.restarts == 1
 
 
-async def test_a_planner_wakes_a_cold_model_for_its_first_request_and_lets_it_sleep_again(tmp_path: Path) -> None:
-    port = free_port()
-    file = tmp_path / "stack.toml"
-    file.write_text((STACK + PLANNER).format(folder=tmp_path, port=port))
-    with running("frontend", str(file), until=r"listening on (http://[\d.:]+)") as url, running("planner", "run", str(file), until=r"(planning)"):
+async def test_a_planner_wakes_a_cold_model_for_its_first_request_and_lets_it_sleep_again(frontend: tuple[Path, str]) -> None:
+    stack, url = frontend
+    file = stack.with_name("planner.toml")
+    file.write_text((STACK + PLANNER).format(folder=stack.parent, url=url, port=0))
+    with running("planner", "run", str(file), until=r"(planning)"):
         async with httpx.AsyncClient(base_url=url, timeout=90) as client:
 
             async def status() -> list[str]:
@@ -258,11 +257,12 @@ async def test_a_planner_wakes_a_cold_model_for_its_first_request_and_lets_it_sl
             await asleep()
 
 
-async def test_a_planner_that_decides_rarely_decides_at_once_when_somebody_waits(tmp_path: Path) -> None:
-    port = free_port()
-    file = tmp_path / "stack.toml"
-    file.write_text((STACK + PLANNER).format(folder=tmp_path, port=port).replace("tick = 0.5", 'tick = "1h"').replace("interval = 2.0", 'interval = "1h"'))
-    with running("frontend", str(file), until=r"listening on (http://[\d.:]+)") as url, running("planner", "run", str(file), until=r"(first look)"):
+async def test_a_planner_that_decides_rarely_decides_at_once_when_somebody_waits(frontend: tuple[Path, str]) -> None:
+    stack, url = frontend
+    file = stack.with_name("rarely.toml")
+    text = (STACK + PLANNER).format(folder=stack.parent, url=url, port=0)
+    file.write_text(text.replace("tick = 0.5", 'tick = "1h"').replace("interval = 1.0", 'interval = "1h"'))
+    with running("planner", "run", str(file), until=r"(first look)"):
         async with httpx.AsyncClient(base_url=url, timeout=110) as client:
             site = Site(file, url, client, LocalConnector(file=file))
             async with asyncio.timeout(120):

@@ -15,6 +15,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+from dynamo_core.cli import main
 from dynamo_core.config import Secret, Use
 from dynamo_core.contracts.connector import ConnectorContract
 from dynamo_core.discovery.file import FileDiscovery
@@ -186,10 +187,10 @@ class TestShared(ConnectorContract):
         return True
 
 
-def test_without_a_global_planner_in_the_file_the_command_says_what_to_write(tmp_path: Path) -> None:
+def test_without_a_global_planner_in_the_file_the_command_says_what_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "stack.toml"
     file.write_text("")
-    done = subprocess.run([sys.executable, "-m", "dynamo_core.cli", "planner", "global", str(file)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert 'write [planner] use = "global"' in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+    assert main(["planner", "global", str(file)]) == 2
+    said = "".join(capsys.readouterr())
+    assert 'write [planner] use = "global"' in said
+    assert "Traceback" not in said
