@@ -63,6 +63,15 @@ securityContext:
 {{- end }}
 {{- end }}
 
+{{/* On which nodes pods run: of the values of a part. */}}
+{{- define "dynamo.placement" -}}
+{{- range $key := list "nodeSelector" "tolerations" "affinity" }}
+{{- with index $ $key }}
+{{ $key }}: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "dynamo.checksum" -}}
 checksum/config: {{ include "dynamo.stack" . | sha256sum }}
 {{- with .Values.podAnnotations }}

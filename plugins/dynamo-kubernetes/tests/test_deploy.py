@@ -25,8 +25,11 @@ PROMETHEUS = "planner.config.metrics.prometheus=http://prometheus:9090"
 VARIANTS = {
     "defaults": [],
     "everything": ["planner.enabled=true", PROMETHEUS, "router.enabled=true", "frontend.disruptionBudget=true", "frontend.secrets[0]=api-keys",
-                   "workers[0].name=backend", "workers[0].role=aggregated", "workers[0].engine.use=sim", "workers[0].replicas=0", "workers[0].env[0].name=A", "workers[0].env[0].value=b", "workers[0].nodeSelector.gpu=h100", "imagePullSecrets[0].name=pull",
-                   'workers[0].resources.limits={"nvidia.com/gpu": "2"}', "podAnnotations.team=a"],
+                   "workers[0].name=backend", "workers[0].role=aggregated", "workers[0].engine.use=sim", "workers[0].replicas=0", "workers[0].env[0].name=A",
+                   "workers[0].env[0].value=b", "workers[0].nodeSelector.gpu=h100", "imagePullSecrets[0].name=pull",
+                   'workers[0].resources.limits={"nvidia.com/gpu": "2"}', "podAnnotations.team=a",
+                   "planner.config.record=/record/decisions.jsonl", 'planner.volumes=[{"name": "record", "persistentVolumeClaim": {"claimName": "record"}}]',
+                   'planner.volumeMounts=[{"name": "record", "mountPath": "/record"}]', "planner.nodeSelector.zone=a", "router.nodeSelector.zone=a"],
     "graph": ["planner.enabled=true", "planner.graph=chat", "frontend.replicas=1"],
     "two-roles": ["planner.enabled=true", PROMETHEUS, "workers[0].name=prefill", "workers[0].role=prefill", "workers[0].engine.use=sim",
                   "workers[1].name=decode", "workers[1].role=decode", "workers[1].engine.use=sim", "workers[1].replicas=3"],
