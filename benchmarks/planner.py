@@ -1,4 +1,5 @@
-"""A day of traffic through the planner, in virtual time: what each predictor and each mode costs, and what it keeps.
+"""A day of traffic through the planner, in virtual time: what each predictor and each mode costs, and what it keeps; with prefill and decode
+workers, and with workers that do both.
 
     python -m benchmarks.planner [--seeds 1,2] [--scale 1.0] [--only NAME,...] [--report docs/planner.md]
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import math
 import sys
 import time
@@ -26,8 +28,8 @@ from benchmarks.planner_loads import Day, day, recorded
 from dynamo_core.config import Use
 from dynamo_core.plugins import Plugins
 from dynamo_planner import build as parts
-from dynamo_planner.config import Metrics, Planner
-from dynamo_planner.contract import Expected, Load, Outlook, View
+from dynamo_planner.config import Metrics, Planner, Role
+from dynamo_planner.contract import Expected, Floats, Forecast, Load, Outlook, Predictor, View
 from dynamo_planner.explain.svg import Line, plot
 from dynamo_planner.performance.profile import Measured
 from dynamo_planner.planning import Planning
@@ -53,7 +55,7 @@ class Oracle:
             return None
         rate = float(np.convolve(arrivals, np.ones(60) / 60, "valid").max())
         sizes = [float(part[ahead].max()) for part in (self.day.prompt, self.day.output)]
-        return Outlook(*(Expected(value, value, value) for value in (rate, *sizes)), "oracle")
+        return Outlook(*(Expected(value, value, value) for value in (rate, *sizes)), by="oracle")
 
 
 @attrs.frozen
@@ -64,19 +66,37 @@ class Trial:
     kind: Literal["planner", "oracle", "peak", "mean"] = "planner"
     """`peak` and `mean`: a fleet for that load, which never changes."""
     patience: float = 180.0
+    roles: tuple[Role, ...] = ("prefill", "decode")
 
 
+DO_BOTH = "aggregated: "
+"""Before the names of trials with workers that read and decode."""
 _SLA, _MEAN = (Use("sla"),), Use("sla", {"plan_for": "mean"})
-_ON_DAYS = tuple(name for name in PREDICTORS if name not in ("arima", "ets"))
-"""Those of statsmodels take a second for a forecast: they are in the backtests alone."""
+_ALWAYS: tuple[Trial, ...] = (Trial("static, for the peak", kind="peak"), Trial("static, for the mean", kind="mean"), Trial("oracle", propose=_SLA, kind="oracle"),
+                              Trial("load", propose=(Use("load"),)))
+_TOGETHER: tuple[Trial, ...] = tuple(Trial(f"sla and load, {name}", name) for name in PREDICTORS)
 TRIALS: tuple[Trial, ...] = (
-    Trial("static, for the peak", kind="peak"), Trial("static, for the mean", kind="mean"), Trial("oracle", propose=_SLA, kind="oracle"),
-    Trial("load", propose=(Use("load"),)),
-    *(Trial(f"sla, {name}", name, _SLA) for name in _ON_DAYS),
-    *(Trial(f"sla and load, {name}", name) for name in _ON_DAYS),
+    *_ALWAYS, *(Trial(f"sla, {name}", name, _SLA) for name in PREDICTORS), *_TOGETHER,
     Trial("sla and load, kalman, for the mean", propose=(_MEAN, Use("load"))),
     Trial("sla and load, kalman, patience 600 s", patience=600.0),
+    *(attrs.evolve(trial, name=DO_BOTH + trial.name, roles=("aggregated",)) for trial in (*_ALWAYS, Trial("sla, kalman", propose=_SLA), *_TOGETHER)),
 )
+
+
+@attrs.define
+class Remembering:
+    """A predictor that is asked nothing twice. The load of a day does not depend on the fleet, so neither do the questions of trials."""
+
+    min_points: ClassVar[int] = 24
+    """What the most demanding one needs."""
+    predictor: Predictor
+    answers: dict[tuple[int, bytes, float], Forecast] = attrs.field(factory=dict)
+
+    def forecast(self, history: Floats, steps: int, level: float) -> Forecast:
+        key = (steps, hashlib.blake2b(history.tobytes()).digest(), level)
+        if key not in self.answers:
+            self.answers[key] = self.predictor.forecast(history, steps, level)
+        return self.answers[key]
 
 
 @attrs.frozen
@@ -92,23 +112,23 @@ class Result:
     replicas: Sequence[tuple[float, float | None]] = ()
 
 
-def run(trial: Trial, today: Day, before: Day) -> Result:
+def run(trial: Trial, today: Day, before: Day, remembering: dict[str, Remembering]) -> Result:
     began = time.perf_counter()
-    fleet = SimulatedFleet(today, TTFT, ITL, COLD)
+    fleet = SimulatedFleet(today, TTFT, ITL, COLD, trial.roles)
     length = int(today.arrivals.size)
     measured = Measured.of(profile(), "the timing model")
     if trial.kind in ("peak", "mean"):
         rates = today.counts(60) / 60
-        need = _need(float(rates.max() if trial.kind == "peak" else rates.mean()), today, measured)
-        fleet.start_with(need)
+        fleet.start_with(_need(trial.roles, float(rates.max() if trial.kind == "peak" else rates.mean()), today, measured))
         fleet.advance(length)
         return _result(fleet, 0, 0, began, [])
     table = Planner(
-        metrics=Metrics(frontends=("http://127.0.0.1:1",)), roles=("prefill", "decode"), ttft=TTFT, itl=ITL, tick=float(TICK), interval=float(INTERVAL),
+        metrics=Metrics(frontends=("http://127.0.0.1:1",)), roles=trial.roles, ttft=TTFT, itl=ITL, tick=float(TICK), interval=float(INTERVAL),
         cold_start=COLD, predictor=_predictor(trial.predictor, length), propose=trial.propose, gpus=40, patience=trial.patience,
     )
     mind = parts.mind(table, Plugins.load())
     mind.profile = measured
+    mind.predictor = remembering.setdefault(trial.predictor, Remembering(mind.predictor))
     if trial.kind == "oracle":
         mind.stages.predict = Oracle(today)
     for i, count in enumerate(before.counts(INTERVAL)):
@@ -138,8 +158,10 @@ def _result(fleet: SimulatedFleet, changes: int, turns: int, began: float, shown
                   time.perf_counter() - began, shown)
 
 
-def _need(rate: float, today: Day, measured: Measured) -> dict[str, int]:
+def _need(roles: Sequence[str], rate: float, today: Day, measured: Measured) -> dict[str, int]:
     demand = capacity.Demand(rate, float(today.prompt.mean()), float(today.output.mean()))
+    if len(roles) == 1:
+        return {roles[0]: capacity.aggregated(demand, measured, TTFT, ITL, 0.95).replicas}
     return {"prefill": capacity.prefill(demand, measured, TTFT, 0.95).replicas, "decode": capacity.decode(demand, measured, ITL, 0.95).replicas}
 
 
@@ -153,13 +175,13 @@ def _predictor(name: str, length: int) -> Use:
 # ------------------------------------------------------------------ the page
 
 
-def table_of_days(found: Mapping[str, Sequence[Result]]) -> str:
-    rows = ["| fleet | requests on time | late first token | slow tokens | GPU hours | changes | turns |", "|---|---|---|---|---|---|---|"]
+def table_of_days(title: str, found: Mapping[str, Sequence[Result]]) -> str:
+    rows = [f"| {title} | requests on time | late first token | slow tokens | GPU hours | changes | turns |", "|---|---|---|---|---|---|---|"]
     for name, results in found.items():
         def of(part: str, results: Sequence[Result] = results) -> float:
             return mean(getattr(result, part) for result in results)
 
-        rows.append(f"| {name} | {of('attained'):.2%} | {of('late_first'):.2%} | {of('late_between'):.2%} | {of('gpu_hours'):.0f} | {of('changes'):.0f} | {of('turns'):.0f} |")
+        rows.append(f"| {name.removeprefix(DO_BOTH)} | {of('attained'):.2%} | {of('late_first'):.2%} | {of('late_between'):.2%} | {of('gpu_hours'):.0f} | {of('changes'):.0f} | {of('turns'):.0f} |")
     return "\n".join(rows)
 
 
@@ -201,13 +223,17 @@ def main() -> int:
     if unknown := set(names) - {trial.name for trial in TRIALS}:
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     found: dict[str, list[Result]] = {}
+    remembering: dict[int, dict[str, Remembering]] = {seed: {} for seed in seeds}
     for trial in TRIALS:
         if names and trial.name not in names:
             continue
-        found[trial.name] = [run(trial, day(seed, scale=options.scale), day(seed + 1000, scale=options.scale)) for seed in seeds]
+        found[trial.name] = [run(trial, day(seed, scale=options.scale), day(seed + 1000, scale=options.scale), remembering[seed]) for seed in seeds]
         print(f"{trial.name}: {mean(r.attained for r in found[trial.name]):.2%}, {mean(r.gpu_hours for r in found[trial.name]):.0f} GPU h, "
               f"{sum(r.seconds for r in found[trial.name]):.0f} s", file=sys.stderr, flush=True)
-    text = "\n\n".join([table_of_days(found), *([] if names else [backtests(seeds, options.scale)])])
+    kinds = {"prefill and decode workers": False, "workers that do both": True}
+    by_kind = {title: {name: results for name, results in found.items() if name.startswith(DO_BOTH) == both} for title, both in kinds.items()}
+    tables = [table_of_days(title, part) for title, part in by_kind.items() if part]
+    text = "\n\n".join([*tables, *([] if names else [backtests(seeds, options.scale)])])
     print(text)
     if options.report is not None:
         before, _, rest = options.report.read_text().partition(MARKS[0])

@@ -1,7 +1,8 @@
-"""A fleet in virtual time that the planner scales through its own contracts: prompts queue for prefill, sequences share decode.
+"""A fleet in virtual time that the planner scales through its own contracts: prompts queue for who reads, sequences share who decodes.
 
 Prompts are read first come, first served, one at a time on each replica. Sequences that decode are spread evenly; each step takes what the
-engine's timing model says for so many of them, so that all slow down together. A second is a step of the simulation; arrivals are spread
+engine's timing model says for so many of them, so that all slow down together. Where the same replicas do both, what they read in a second is
+lost for decoding, and the first token takes a step more. A second is a step of the simulation; arrivals are spread
 over it. New replicas serve after the cold start. Replicas that are taken away stop taking prompts at once and finish what they have.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import attrs
 import numpy as np
@@ -64,15 +66,19 @@ class SimulatedFleet:
     ttft: float
     itl: float
     cold_start: float
-    pools: dict[str, _Pool] = attrs.field(factory=lambda: {"prefill": _Pool(2), "decode": _Pool(2)})
+    roles: Sequence[str] = ("prefill", "decode")
+    """Or `aggregated` alone."""
+    pools: dict[str, _Pool] = attrs.field(init=False)
     now: int = 0
     gpu_seconds: float = 0.0
     served: int = 0
     on_time: int = 0
     late_first: int = 0
     late_between: int = 0
-    _servers: list[float] = attrs.field(factory=list)
-    """When each prefill replica will be free."""
+    _servers: list[float] = attrs.field(init=False)
+    """When each replica that reads prompts will be free."""
+    _reading: dict[int, float] = attrs.field(factory=dict)
+    """By second, the time that replicas spend on prompts then, where that is lost for decoding."""
     _joining: dict[int, list[tuple[float, float, bool]]] = attrs.field(factory=dict)
     """By second, the sequences that start to decode then: when, how many tokens, and whether the first was in time."""
     _decoding: list[tuple[float, float, float, bool]] = attrs.field(factory=list)
@@ -81,7 +87,15 @@ class SimulatedFleet:
     _seen: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(("at", "arrived", "prompt", "output", "ttft", "first", "itl", "ended"), 0.0))
 
     def __attrs_post_init__(self) -> None:
-        self._servers = [0.0] * self.pools["prefill"].ready
+        self.start_with(dict.fromkeys(self.roles, 2))
+
+    @property
+    def _readers(self) -> _Pool:
+        return self.pools[self.roles[0]]
+
+    @property
+    def _decoders(self) -> _Pool:
+        return self.pools[self.roles[-1]]
 
     # -------------------------------------------------------------- time
 
@@ -95,7 +109,7 @@ class SimulatedFleet:
             while pool.starting and pool.starting[0] <= t:
                 heapq.heappop(pool.starting)
                 pool.ready += 1
-                if name == "prefill":
+                if name == self.roles[0]:
                     heapq.heappush(self._servers, float(t))
             self.gpu_seconds += pool.ready + len(pool.starting)
         self._decode(t)
@@ -108,6 +122,8 @@ class SimulatedFleet:
             return
         prompt, output = float(self.day.prompt[t]), float(self.day.output[t])
         work, seen, servers = prefill_seconds(prompt), self._seen, self._servers
+        both = len(self.roles) == 1
+        step = itl_seconds(prompt, len(self._decoding) / max(1, self._decoders.ready)) if both else 0.0
         seen["arrived"] += count
         seen["prompt"] += count * prompt
         seen["output"] += count * output
@@ -117,21 +133,32 @@ class SimulatedFleet:
                 first = max(at, servers[0]) + work
                 heapq.heapreplace(servers, first)
             else:  # nobody is there: it waits for the next replica
-                ready = self.pools["prefill"].starting
+                ready = self._readers.starting
                 first = (ready[0] if ready else at + 600.0) + work
+            if both:
+                self._reads(first - work, first)
+                first += step
             waited = first - at
             seen["ttft"] += waited
             seen["first"] += 1
             self._joining.setdefault(int(first) + 1, []).append((first, output, waited <= self.ttft))
 
+    def _reads(self, start: float, end: float) -> None:
+        while start < end:
+            second = int(start)
+            part = min(end, second + 1) - start
+            self._reading[second] = self._reading.get(second, 0.0) + part
+            start = second + 1
+
     def _decode(self, t: int) -> None:
-        decoding, pool = self._decoding, self.pools["decode"]
+        decoding, pool = self._decoding, self._decoders
+        read = self._reading.pop(t, 0.0)
         for first, tokens, in_time in self._joining.pop(t, ()):
             heapq.heappush(decoding, (self._track + tokens, first, tokens, in_time))
         if not decoding or not pool.ready:
             return
         context = float(self.day.prompt[t] + self.day.output[t] / 2)
-        self._track += 1.0 / itl_seconds(context, len(decoding) / pool.ready)
+        self._track += max(0.0, 1.0 - read / pool.ready) / itl_seconds(context, len(decoding) / pool.ready)
         while decoding and decoding[0][0] <= self._track:
             _, first, tokens, in_time = heapq.heappop(decoding)
             between = (t + 1 - first) / tokens
@@ -163,7 +190,7 @@ class SimulatedFleet:
                     pool.starting.remove(max(pool.starting))
                     continue
                 pool.ready -= 1
-                if name == "prefill":
+                if name == self.roles[0]:
                     heapq.heappop(self._servers)
 
     # -------------------------------------------------------------- a source of load, and of reports
@@ -179,12 +206,15 @@ class SimulatedFleet:
     def reports(self, at: float) -> Sequence[WorkerReport]:
         prompt = float(self.day.prompt[min(self.now, self.day.prompt.size - 1)])
         backlog = sum(max(0.0, free - self.now) for free in self._servers) / prefill_seconds(prompt) * prompt if self._servers else 0.0
-        readers, decoders = self.pools["prefill"].ready, self.pools["decode"].ready
+        readers, decoders = self._readers.ready, self._decoders.ready
         running = len(self._decoding) / max(1, decoders)
         share = min(1.0, running * prompt / (BLOCKS * BLOCK))
         waiting = max(0, int(backlog / max(1, readers) - prompt))
+        busy = partial(WorkerReport, running=round(running), kv_share=share, slots=256, at=at)
+        if len(self.roles) == 1:
+            return [busy(f"a{i}", self.roles[0], waiting_prefill_tokens=waiting) for i in range(readers)]
         return [WorkerReport(f"p{i}", "prefill", waiting_prefill_tokens=waiting, at=at) for i in range(readers)] + [
-            WorkerReport(f"d{i}", "decode", running=round(running), kv_share=share, slots=256, at=at) for i in range(decoders)]
+            busy(f"d{i}", "decode") for i in range(decoders)]
 
     def problems(self) -> Sequence[str]:
         return ()
@@ -194,7 +224,7 @@ class SimulatedFleet:
     def start_with(self, replicas: Mapping[str, int]) -> None:
         """Before time begins: so many replicas, all of them ready."""
         self.pools = {name: _Pool(count) for name, count in replicas.items()}
-        self._servers = [0.0] * replicas["prefill"]
+        self._servers = [0.0] * replicas[self.roles[0]]
 
     def unfinished(self) -> int:
         """Requests that the day's end finds unanswered."""
