@@ -210,22 +210,26 @@ def test_a_node_that_is_told_to_end_ends_the_engine_in_order(fleet: Fleet) -> No
 def test_a_head_that_waits_for_others_can_be_killed_and_stopped_and_leaves_nothing_behind(fleet: Fleet) -> None:
     import psutil
 
-    def started() -> list[Any]:
-        """The processes of a head that waits: the one that coordinates ranks, and engine cores."""
-        found = psutil.Process(fleet.stack.process.pid).children(recursive=True)
-        return found if any("DPCoordinator" in " ".join([process.name(), *process.cmdline()]) for process in found) else []
+    def waits(since: int) -> bool:
+        return any("Starting to load model" in line for line in fleet.stack.lines[since:])
 
-    fleet.stack.wait(started, "started again")
-    (head,) = {process.ppid() for process in started() if "DPCoordinator" in " ".join([process.name(), *process.cmdline()])}
-    processes = psutil.Process(head).children(recursive=True)
-    os.kill(head, signal.SIGKILL)
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    def processes() -> list[Any]:
+        return psutil.Process(fleet.stack.process.pid).children(recursive=True)
+
+    since = next(number for number, line in reversed(list(enumerate(fleet.stack.lines))) if "ended (exit code 1)" in line)
+    fleet.stack.wait(lambda: waits(since), "started again")
+    (head,) = [process for process in processes() if "worker" in process.cmdline()]
+    below, since = head.children(recursive=True), len(fleet.stack.lines)
+    assert any("DPCoordinator" in process.name() + " ".join(process.cmdline()) for process in below)
+    head.kill()
+    _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive
-    fleet.stack.wait(started, "started once more")
-    processes = started()
+
+    fleet.stack.wait(lambda: waits(since), "started once more")
+    below = processes()
     fleet.stack.process.send_signal(signal.SIGINT)
     assert fleet.stack.process.wait(60) == 0, "\n".join(fleet.stack.lines[-30:])
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive
 
 
@@ -267,3 +271,10 @@ async def test_a_headless_node_that_does_not_say_which_part_it_runs_is_told_how(
     with pytest.raises(ConfigError, match="which part") as raised:
         await make_engine(headless=True).start(EngineContext())
     assert "data_parallel_start_rank" in raised.value.problems[0].remedy
+
+
+async def test_nodes_with_a_head_each_are_refused(make_engine: Callable[..., Any]) -> None:
+    args = {"data_parallel_size": 2, "data_parallel_size_local": 1, "data_parallel_start_rank": 1}
+    with pytest.raises(ConfigError, match="where each node has a head of its own") as raised:
+        await make_engine(args=args).start(EngineContext())
+    assert "headless" in raised.value.problems[0].remedy

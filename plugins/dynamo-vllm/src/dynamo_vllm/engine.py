@@ -117,6 +117,8 @@ class VllmEngine:
             engine = await launched(lambda: vllm_api.launch(vllm, config, self.start_method, vllm_api.stat_logger(vllm, loads.record)), broken)
             if caches and others is not None:
                 feeds += [KvFeed(rank, endpoints, context.kv_events) for rank, endpoints in vllm_nodes.kv_sources(engine).items()]
+                if silent := set(range(config.parallel_config.data_parallel_size)) - {feed.rank for feed in feeds}:
+                    log.warning("no KV events come from ranks %s, whose nodes have kv_events = false: routers take their caches for empty", sorted(silent))
             tokenizer = await asyncio.to_thread(card.tokenizer_json, engine)
             task = await vllm_api.pooling_task(engine)
             found = card.card_of(vllm, engine, tokenizer, kv_events=caches, lora=config.lora_config is not None, role=self.role, task=task)

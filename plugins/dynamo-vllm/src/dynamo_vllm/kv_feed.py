@@ -97,7 +97,7 @@ class KvFeed:
     """Follows one rank from `open` to `close`."""
 
     def __init__(self, rank: int, endpoints: tuple[str, str], publish: Callable[[Sequence[KvEvent], int], None]) -> None:
-        self._rank = rank
+        self.rank = rank
         self._publish = publish
         self._replay_endpoint = endpoints[1]
         self._context = zmq.asyncio.Context()
@@ -113,7 +113,7 @@ class KvFeed:
         """Begin to publish, with what the engine has said since it started."""
         self._translator = Translator(block_size)
         await self._catch_up()
-        self._task = asyncio.create_task(self._run(), name=f"kv events of rank {self._rank}")
+        self._task = asyncio.create_task(self._run(), name=f"kv events of rank {self.rank}")
 
     async def close(self) -> None:
         await ended(self._task)
@@ -138,16 +138,16 @@ class KvFeed:
     def _take(self, sequence: int, payload: bytes) -> None:
         assert self._translator is not None
         if sequence > self._next:
-            log.warning("KV events %d to %d of rank %d are lost; its cache counts as empty", self._next, sequence - 1, self._rank)
-            self._publish([BlocksCleared()], self._rank)
+            log.warning("KV events %d to %d of rank %d are lost; its cache counts as empty", self._next, sequence - 1, self.rank)
+            self._publish([BlocksCleared()], self.rank)
         self._next = sequence + 1
         try:
             events = self._translator.translate(_decode(payload)[1])
         except (msgspec.MsgspecError, KeyError, TypeError) as e:
-            log.warning("KV events %d of rank %d are not understood, its cache counts as empty: %s", sequence, self._rank, e)
+            log.warning("KV events %d of rank %d are not understood, its cache counts as empty: %s", sequence, self.rank, e)
             events = [BlocksCleared()]
         if events:
-            self._publish(events, self._rank)
+            self._publish(events, self.rank)
 
     async def _catch_up(self) -> None:
         """Take everything from `_next` on that the engine still has."""
@@ -164,6 +164,6 @@ class KvFeed:
                     if sequence >= self._next:
                         self._take(sequence, payload)
         except TimeoutError:
-            log.warning("the engine did not replay KV events of rank %d within %g s", self._rank, REPLAY_TIMEOUT)
+            log.warning("the engine did not replay KV events of rank %d within %g s", self.rank, REPLAY_TIMEOUT)
         finally:
             socket.close(linger=0)

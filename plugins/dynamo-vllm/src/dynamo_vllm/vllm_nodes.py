@@ -22,10 +22,13 @@ class Processes:
 
 
 def place(config: Any) -> Place | None:
-    """Where this node stands among those of its engine; `None` when it is the only one, or when each node has a head of its own."""
+    """Where this node stands among those of its engine; `None` when it is the only one. :raises ConfigError: each node would have a head of its own."""
     parallel = config.parallel_config
+    if parallel.local_engines_only:
+        raise ConfigError(Problem("vLLM's external and hybrid load balancing, where each node has a head of its own, are not supported",
+                                  remedy="give one node all of data_parallel_size, without a start rank, and make the other nodes headless"))  # fmt: skip
     spread = parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.nnodes > 1
-    if not spread or parallel.local_engines_only or parallel.data_parallel_backend != "mp":
+    if not spread or parallel.data_parallel_backend != "mp":
         return None
     host, port = parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port
     if parallel.nnodes > 1:
