@@ -166,7 +166,7 @@ Part = Callable[[Path], Awaitable[Result]]
 CROWDS: dict[str, Part] = {
     "1,000": lambda folder: streams(folder, 1000, 40.0),
     "5,000": lambda folder: streams(folder, 5000, 60.0),
-    "idle": lambda folder: idle(folder, 9_900),
+    "idle": lambda folder: idle(folder, 10_000),
     "churn": lambda folder: churn(folder, 60.0),
 }
 LONGEST = 420.0
