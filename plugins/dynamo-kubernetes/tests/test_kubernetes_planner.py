@@ -1,9 +1,10 @@
-"""The chart, run: a frontend, workers and the planner as the processes of pods. A load rises and stops; meanwhile somebody else scales, the API server
-is away, and a worker is killed."""
+"""The chart, run: a frontend, workers and the planner as the processes of pods. A load wakes a fleet of nothing, rises, and stops; meanwhile somebody else
+scales, the API server is away, and a worker is killed."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +21,10 @@ from dynamo_core.testing.servers import free_port
 
 pytestmark = pytest.mark.slow
 
-PLANNER = {"tick": 0.5, "interval": 1.0, "cold_start": 3.0, "patience": 1.5, "gpus": 3, "connector": {"yield_for": 3.0, "gpus": {"aggregated": 1}}}
+PLANNER = {
+    "model": "sim", "tick": 0.5, "interval": 1.0, "cold_start": 3.0, "patience": 1.5, "idle": 2.0, "minimum": {"aggregated": 0}, "gpus": 3,
+    "connector": {"yield_for": 2.0, "verify_timeout": 3.0, "gpus": {"aggregated": 1}},
+}
 
 
 @attrs.define
@@ -69,13 +73,13 @@ async def site(api_server, kube, render, apply, graph, controllers, tmp_path):
     port, journal = free_port(), tmp_path / "decisions.jsonl"
     planner = {**PLANNER, "use": "standard", "record": str(journal), "metrics": {"frontends": [f"http://127.0.0.1:{port}"]}}
     pool = {"name": "backend", "role": "aggregated", "replicas": 0, "drainSeconds": 10, "engine": {"use": "sim", "max_sequences": 4}}
-    objects = render(kube.namespace, "planner.enabled=true", "planner.graph=chat", "frontend.replicas=1", f"planner.config={json.dumps(planner)}",
+    objects = render(kube.namespace, "planner.enabled=true", "planner.graph=chat", "frontend.replicas=1", "stack.frontend.hold.max_wait=60", f"planner.config={json.dumps(planner)}",
                      f"workers=[{json.dumps(pool)}]", f'env=[{{"name": "DYNAMO__FRONTEND__PORT", "value": "{port}"}}]')
     for document in objects:
         await apply(document)
     pod = next(document for document in objects if document["metadata"]["name"] == "fleet-backend")["spec"]["template"]
-    await graph.of({"name": "worker", "type": "worker", "replicas": 1, "podTemplate": pod})
-    await graph.adapt("worker", 1)
+    await graph.of({"name": "worker", "type": "worker", "replicas": 0, "podTemplate": pod})
+    await graph.adapt("worker", 0)
     controllers("scheduler", "kubelet", "sets", "operator")
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
         yield Site(client, journal, api_server.folder)
@@ -116,7 +120,13 @@ async def test_the_planner_follows_a_load_and_no_request_fails_whatever_else_hap
 
         return await until(found)
 
-    await serve(1)
+    async def known() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return [model["id"] for model in (await site.client.get("/v1/models")).json()["data"]] == ["sim"]
+        return False
+
+    await until(known)
+    assert (await site.client.get("/ready")).status_code == 200, "nothing runs, and whoever asks is served nevertheless"
     crowd = [asyncio.create_task(site.ask_on()) for _ in range(16)]
     try:
         await serve(3)
@@ -130,9 +140,11 @@ async def test_the_planner_follows_a_load_and_no_request_fails_whatever_else_hap
         await serve(3)
     finally:
         await ended(*crowd)
-    await serve(1)
+    await serve(0)
+    await site.ask()
     assert site.codes.keys() == {200}, "replicas come and go, and no client notices"
 
     events, _ = await kube.listing(kube.path("v1", "events"))
     changes = [event["message"] for event in events if event["involvedObject"]["kind"] == "DynamoGraphDeployment"]
     assert any(change.startswith("aggregated 1 -> 3: ") for change in changes), changes
+    assert sum(change.startswith("aggregated 0 -> 1: ") for change in changes) == 2, f"for the first request, and for the one after the silence: {changes}"

@@ -81,7 +81,7 @@ class Planner:
     connector: Use = choice("connector", "local")
     """Where it scales."""
     model: str | None = None
-    """Only the series of this model; all, when unset."""
+    """Only the series of this model; all, when unset. With `idle`, frontends hold requests for it before its first worker has run."""
     roles: tuple[Role, ...] = ("aggregated",)
     """The roles that are scaled: `aggregated`, or `prefill` and `decode`."""
     ttft: float = _duration(0.5, validator=v.gt(0))

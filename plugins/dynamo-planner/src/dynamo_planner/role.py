@@ -26,6 +26,7 @@ from dynamo_planner import build as parts
 from dynamo_planner.metrics import PlannerMetrics
 from dynamo_planner.observe.frontends import FrontendLoad, http_client
 from dynamo_planner.observe.workers import WorkerReports
+from dynamo_planner.offering import Offering
 from dynamo_planner.planning import Planning
 from dynamo_planner.record import read_journal
 from dynamo_planner.stages.load import ByLoad
@@ -56,10 +57,14 @@ async def serve_planner(config: Config, plugins: Plugins, stop: asyncio.Event) -
             url = await exits.enter_async_context(serve_status(config.status, app))
             await runtime.register("status", lambda id: (names.of_status(config.namespace, "planner", id), url.encode()))
             log.info("planning; decisions at %s", url)
+        offering: Offering | None = None
+        if table.idle is not None:
+            offering = Offering(runtime, table.model)
+            exits.push_async_callback(offering.close)
         woken = asyncio.Event()
         waking = asyncio.create_task(wake(runtime, woken), name="demand")
         try:
-            await _ticks(planning, table.tick, stop, woken)
+            await _ticks(planning, offering, table.tick, stop, woken)
         finally:
             await ended(waking)
     return 0
@@ -83,12 +88,14 @@ async def wake(runtime: Runtime, woken: asyncio.Event) -> None:
         await asyncio.sleep(0.5)
 
 
-async def _ticks(planning: Planning, seconds: float, stop: asyncio.Event, woken: asyncio.Event) -> None:
+async def _ticks(planning: Planning, offering: Offering | None, seconds: float, stop: asyncio.Event, woken: asyncio.Event) -> None:
     """One tick after the other, at even times; one that took too long costs the next one, not the rhythm. Demand for a cold model brings it forward."""
     loop = asyncio.get_running_loop()
     due = loop.time()
     said = ""
     while not stop.is_set():
+        if offering is not None:
+            await offering.look()
         decision = await planning.tick(time.time())
         trouble = decision.result if decision.action in ("skipped", "refused", "unavailable", "failed") else ""
         if trouble != said:
