@@ -29,13 +29,21 @@ class Arima:
         model: Any = ARIMA(history[-self.window :], order=self.order, enforce_stationarity=False, enforce_invertibility=False)
         with warnings.catch_warnings():  # a fit that stopped early still forecasts, and its interval says how well
             warnings.simplefilter("ignore")
-            try:
-                start = model.fit(method="hannan_rissanen").params  # cheap, and close: a third of the time for the same forecasts
-            except (ValueError, np.linalg.LinAlgError):
-                start = None
-            ahead: Any = model.fit(start_params=start, method_kwargs={"maxiter": 10}, cov_type="none").get_forecast(steps)
+            start = _near(model)
+            iterations = 50 if start is None else 10
+            ahead: Any = model.fit(start_params=start, method_kwargs={"maxiter": iterations}, cov_type="none").get_forecast(steps)
         interval = np.asarray(ahead.conf_int(alpha=1 - level), dtype=np.float64)
         return Forecast(np.asarray(ahead.predicted_mean, dtype=np.float64), interval[:, 0], interval[:, 1])
+
+
+def _near(model: Any) -> Any:
+    """Parameters that a few iterations lead to the best from, by the estimate of Hannan and Rissanen, or `None`: it is cheap, and at times useless."""
+    try:
+        found: Any = model.fit(method="hannan_rissanen")
+    except (ValueError, np.linalg.LinAlgError):
+        return None
+    roots = np.abs(np.concatenate([found.arroots, found.maroots]))
+    return found.params if np.all(roots > 1.001) else None
 
 
 @attrs.frozen
