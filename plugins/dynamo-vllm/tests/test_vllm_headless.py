@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -205,31 +206,36 @@ def test_a_node_that_is_told_to_end_ends_the_engine_in_order(fleet: Fleet) -> No
     fleet.node.process.send_signal(signal.SIGTERM)
     assert fleet.node.process.wait(60) == 0, "\n".join(fleet.node.lines[-30:])
     assert any("(rank 1) is leaving" in line for line in fleet.stack.lines[before:])
+    fleet.stack.wait(lambda: any("ended (exit code 1)" in line for line in fleet.stack.lines[before:]), "ended")
 
 
 def test_a_head_that_waits_for_others_can_be_killed_and_stopped_and_leaves_nothing_behind(fleet: Fleet) -> None:
     import psutil
 
-    def waits(since: int) -> bool:
-        return any("Starting to load model" in line for line in fleet.stack.lines[since:])
+    def below(process: Any) -> dict[Any, str]:
+        names: dict[Any, str] = {}
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                names[child] = f"{child.name()} {' '.join(child.cmdline())}"
+        return names
 
-    def processes() -> list[Any]:
-        return psutil.Process(fleet.stack.process.pid).children(recursive=True)
+    def wait_for_head() -> tuple[Any, list[Any]]:
+        """A head whose own part is up, and what it has started."""
+        stack = psutil.Process(fleet.stack.process.pid)
+        fleet.stack.wait(lambda: any("VLLM::Worker" in name for name in below(stack).values()), "started again")
+        (head,) = [process for process, name in below(stack).items() if "dynamo_core.cli worker" in name]
+        found = below(head)
+        assert any("DPCoordinator" in name for name in found.values())
+        return head, list(found)
 
-    since = next(number for number, line in reversed(list(enumerate(fleet.stack.lines))) if "ended (exit code 1)" in line)
-    fleet.stack.wait(lambda: waits(since), "started again")
-    (head,) = [process for process in processes() if "worker" in process.cmdline()]
-    below, since = head.children(recursive=True), len(fleet.stack.lines)
-    assert any("DPCoordinator" in process.name() + " ".join(process.cmdline()) for process in below)
+    head, processes = wait_for_head()
     head.kill()
-    _, alive = psutil.wait_procs(below, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
-
-    fleet.stack.wait(lambda: waits(since), "started once more")
-    below = processes()
+    _, processes = wait_for_head()
     fleet.stack.process.send_signal(signal.SIGINT)
     assert fleet.stack.process.wait(60) == 0, "\n".join(fleet.stack.lines[-30:])
-    _, alive = psutil.wait_procs(below, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
 
 
