@@ -1,9 +1,9 @@
 """A day of traffic through the planner, in virtual time: what each predictor and each mode costs, and what it keeps; with prefill and decode
 workers, and with workers that do both.
 
-    python -m benchmarks.planner [--seeds 1,2] [--scale 1.0] [--only NAME,...] [--report docs/planner.md]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.planner [--seeds 1,2] [--scale 1.0] [--only NAME;...] [--report docs/planner.md]
 
-The planner is the production one, tick by tick; the fleet is simulated (`planner_fleet.py`). The day before is in the planner's history.
+Several threads for small matrices only wait for each other. The planner is the production one, tick by tick; the fleet is simulated (`planner_fleet.py`). The day before is in the planner's history.
 `--report` replaces the part of the page between its two marks, and the plot beside it.
 """
 
