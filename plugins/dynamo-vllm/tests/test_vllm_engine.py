@@ -294,8 +294,9 @@ async def test_an_option_of_vllm_that_is_not_known_is_refused(vllm: Running) -> 
 
 
 async def test_the_urgent_request_overtakes_those_that_wait(make_engine: Callable[..., Any]) -> None:
-    running = await start(make_engine(args={"max_num_seqs": 1}))
+    running = await start(make_engine(args={"max_num_seqs": 1, "structured_outputs_config": {"reasoning_parser": "granite"}}))
     try:
+        assert running.card.reasoning_parser == "granite"
         order: list[int] = []
 
         async def one(priority: int) -> None:

@@ -64,6 +64,7 @@ def card_of(vllm: Vllm, engine: Any, tokenizer: bytes, *, kv_events: bool, lora:
         dp_size=parallel.data_parallel_size,
         kv_events=kv_events,
         image_placeholder=placeholder if images else None,
+        reasoning_parser=config.structured_outputs_config.reasoning_parser or None,
         capabilities=(*_capabilities(vllm, lora=lora), *(("media",) if images else ())) if pooling is None else _POOLS[task or ""],
         engine=f"vLLM {vllm.version}{' on CPU' if vllm.on_cpu else ''}",
     )
