@@ -42,6 +42,9 @@ class ConnectorContract:
         """End one serving replica of the role without the connector's knowledge. `False`: this platform gives no way to."""
         return False
 
+    async def heal(self, connector: Connector, role: str) -> None:
+        """The loss was seen: let the platform replace what `kill` ended. Nothing, where it does so by itself and takes long enough to be seen without."""
+
     async def spoil(self, connector: Connector, role: str) -> bool:
         """From now on new replicas of the role never serve, and this is known within `patience`. `False`: as above."""
         return False
@@ -127,6 +130,7 @@ class ConnectorContract:
         if not await self.kill(connector, role):
             return
         await self.until(connector, lambda seen: seen[role].ready < 2 and not seen[role].stable, "a dead replica counts as ready")
+        await self.heal(connector, role)
         assert self.desired(await self.look(connector)) == targets
         await self.settled(connector, targets)
 

@@ -90,8 +90,12 @@ class TestVirtual(ConnectorContract):
         self.folder = tmp_path / "discovery"
 
     async def kill(self, connector: VirtualConnector, role: str) -> bool:
+        self.actor.broken.add(role)  # or the successor may be there before anybody looks
         await self.actor.cluster.kill(self.actor.workers[role][0])
         return True
+
+    async def heal(self, connector: VirtualConnector, role: str) -> None:
+        self.actor.broken.discard(role)
 
     async def spoil(self, connector: VirtualConnector, role: str) -> bool:
         self.actor.broken.add(role)

@@ -179,8 +179,12 @@ class TestShared(ConnectorContract):
             await connector.close()
 
     async def kill(self, connector: SharedConnector, role: str) -> bool:
+        self.actor.broken.add(role)  # or the successor may be there before anybody looks
         await self.actor.cluster.kill(self.actor.workers[role][0])
         return True
+
+    async def heal(self, connector: SharedConnector, role: str) -> None:
+        self.actor.broken.discard(role)
 
     async def spoil(self, connector: SharedConnector, role: str) -> bool:
         self.actor.broken.add(role)
