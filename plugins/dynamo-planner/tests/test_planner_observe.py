@@ -180,6 +180,11 @@ def test_a_restarted_process_counts_from_zero():
     assert growth.since_last(samples(1200, started=512.0), 520.0)["dynamo_frontend_requests_started_total"] == 1200.0
 
 
+def test_a_process_that_was_not_there_at_the_look_before_is_counted_whole_if_it_is_young_and_not_at_all_if_it_is_old():
+    assert Growth(500.0).since_last(samples(7, started=499.0), 510.0)["dynamo_frontend_requests_started_total"] == 7.0
+    assert "dynamo_frontend_requests_started_total" not in Growth(500.0).since_last(samples(7, started=100.0), 510.0)
+
+
 def test_processes_that_answer_in_turn_are_not_taken_for_restarts():
     growth = Growth()
     growth.since_last(samples(1000, started=100.0), 500.0)

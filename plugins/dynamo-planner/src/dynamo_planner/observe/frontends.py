@@ -47,6 +47,8 @@ class FrontendLoad:
     _growth: dict[str, Growth] = attrs.field(init=False, factory=dict[str, Growth])
     _seen_at: dict[str, float] = attrs.field(init=False, factory=dict[str, float])
     _last: float | None = attrs.field(init=False, default=None)
+    _looked: float | None = attrs.field(init=False, default=None)
+    """Unix time of the look before."""
     _carried: dict[str, float] = attrs.field(init=False, factory=dict[str, float])
     """What was seen to grow while another part was missing; it belongs to the next load."""
 
@@ -59,13 +61,14 @@ class FrontendLoad:
         gauges = {f"{_P}inflight_requests": 0.0, f"{_P}held_requests": 0.0}
         for who, samples in found.items():
             try:
-                grown = self._growth.setdefault(who, Growth()).since_last(self._ours(samples), time.time())
+                grown = self._growth.setdefault(who, Growth(self._looked)).since_last(self._ours(samples), time.time())
             except SeveralProcesses:
                 raise Missing(f"the load: several processes answer at {who} in turn; name the operators' address of each (frontend.admin)") from None
             self._seen_at[who] = at
             for name, value in grown.items():
                 into = gauges if name in gauges else self._carried
                 into[name] = into.get(name, 0.0) + value
+        self._looked = time.time()
         for who in [who for who, seen in self._seen_at.items() if at - seen >= max(self.settings.forget, 1e-9)]:
             del self._seen_at[who], self._growth[who]
         if gone:

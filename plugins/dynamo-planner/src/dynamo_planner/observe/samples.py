@@ -43,16 +43,23 @@ class SeveralProcesses(Exception):
     """Different processes answer in turn; what one counts says nothing of the others."""
 
 
+_STARTING = 10.0
+"""Seconds from a process's start until its numbers can be read."""
+
+
 @attrs.define
 class Growth:
     """Follows one frontend process. A restarted process counts from zero."""
 
+    unseen: float | None = None
+    """Unix time at which others were looked at, and this one was not there yet."""
     _last: dict[tuple[str, tuple[tuple[str, str], ...]], float] | None = attrs.field(init=False, default=None)
     _started: float = attrs.field(init=False, default=0.0)
     _looked: float = attrs.field(init=False, default=0.0)
 
     def since_last(self, samples: Iterable[Sample], wall: float) -> Mapping[str, float]:
-        """What each counter grew by, summed over labels; gauges as they are, and nothing else at the first look: how old the counts are is unknown then.
+        """What each counter grew by, summed over labels; gauges as they are, and nothing else at the first look at a process that may be older than the
+        look before: how old its counts are is unknown.
 
         :param wall: Unix time. :raises SeveralProcesses: a process answers that is not the one of before, and did not start since.
         """
@@ -62,6 +69,8 @@ class Growth:
         other = before is not None and abs(started - self._started) > 1.0
         if other and started < looked - 1.0:
             raise SeveralProcesses
+        if before is None and self.unseen is not None and started > self.unseen - _STARTING:
+            before = {}
         self._last, self._started, self._looked = now, started, wall
         grown: dict[str, float] = {}
         for (name, labels), value in now.items():
