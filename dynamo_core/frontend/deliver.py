@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.types import Send
 
@@ -46,12 +46,11 @@ async def stream(job: Job, generation: Generation, first: Sequence[Delta], excha
     )
     if isinstance(chunks, CompletionChunks) and job.echo:
         chunks.prompt_logprobs = _prompt_logprobs(job, generation)
-    writer = _Writer(job, generation, chunks, exchange, itl)
-    read, write = generation.read, writer.write
+    read, write = generation.read, _Writer(job, generation, chunks, exchange, itl).write
     exchange.responding, exchange.status = True, 200
     await send({"type": "http.response.start", "status": 200, "headers": _headers(exchange, generation, _SSE, _NO_CACHE, _NO_BUFFERING)})
     if isinstance(send, DirectSend) and isinstance(generation, Pouring):
-        generation.pour(_Direct(send, writer))
+        generation.pour(_Direct(send, write))
     deltas = first
     payload = b""
     while deltas:
@@ -96,10 +95,10 @@ class _Direct:
 
     __slots__ = ("_send", "_write", "ready")
 
-    def __init__(self, send: DirectSend, writer: _Writer) -> None:
+    def __init__(self, send: DirectSend, write: Callable[[Sequence[Delta]], bytes]) -> None:
         self.ready = send.ready
         self._send = send.write
-        self._write = writer.write
+        self._write = write
 
     def take(self, deltas: Sequence[Delta]) -> None:
         if payload := self._write(deltas):

@@ -91,8 +91,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and type(left) is str and type(right) is str:  # most of what templates do
-            return _checked(left + right)
         if operator == "*":
             for items, count in ((left, right), (right, left)):
                 if isinstance(items, (str, list, tuple)) and isinstance(count, int) and len(items) * count > MAX_CHARACTERS:

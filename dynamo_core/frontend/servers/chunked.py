@@ -83,7 +83,8 @@ class _Answer(DirectSend):
     def watch(self, left: Callable[[], None]) -> Callable[[], None] | None:
         """What hypercorn puts in the queue of `receive` passes here first."""
         stream = self._stream
-        if (put := stream.app_put) is None:
+        put = getattr(stream, "app_put", None)
+        if put is None:
             return None
 
         async def tell(message: Any) -> None:
