@@ -249,8 +249,13 @@ def _picture(found: Mapping[str, Sequence[Result]], today: Day) -> str:
     chosen = [name for name in ("oracle", "load", "sla, kalman", "sla and load, kalman") if name in found]
     lines = [Line(name, found[name][0].replicas, colour, steps=True) for name, colour in zip(chosen, colours, strict=False)]
     lines.append(Line("requests/s", [(i * 60.0, float(count) / 60) for i, count in enumerate(today.counts(60))], "#999999"))
-    figure = plot("A drawn day: load, and replicas of both roles", "requests/s, replicas", lines)
-    inner = figure[figure.index("<svg") : figure.index("</svg>")]
+    return figure("A drawn day: load, and replicas of both roles", "requests/s, replicas", lines)
+
+
+def figure(title: str, unit: str, lines: Sequence[Line]) -> str:
+    """A picture of its own, with a legend, for a page."""
+    inside = plot(title, unit, lines)
+    inner = inside[inside.index("<svg") : inside.index("</svg>")]
     legend = "".join(f'<text x="70" y="{22 + 13 * i}" style="fill:{line.colour}">{line.name}</text>' for i, line in enumerate(lines))
     style = "<style>text{font:11px sans-serif;fill:#777}.grid{stroke:#999;opacity:.3}</style>"
     return inner.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + legend + "</svg>\n"

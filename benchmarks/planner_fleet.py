@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 import attrs
 import numpy as np
@@ -231,15 +232,14 @@ class SimulatedFleet:
         return len(self._decoding) + sum(map(len, self._joining.values()))
 
     def turns(self, within: float) -> int:
-        """Changes of direction within so many seconds: a replica was added and taken away again, or the other way round."""
-        found = 0
-        for pool in self.pools.values():
-            before: tuple[float, int, int] | None = None
-            for at, count in pool.changes:
-                if before is not None:
-                    way = int(np.sign(count - before[1])) or before[2]
-                    found += bool(before[2] and way != before[2] and at - before[0] <= within)
-                    before = (at, count, way)
-                else:
-                    before = (at, count, 0)
-        return found
+        return sum(turns(pool.changes, within) for pool in self.pools.values())
+
+
+def turns(changes: Sequence[tuple[float, int]], within: float) -> int:
+    """Changes of direction within so many seconds: a replica was added and taken away again, or the other way round. :param changes: time and count of each."""
+    found = way = 0
+    for (before, old), (at, count) in pairwise(changes):
+        turned = int(np.sign(count - old)) or way
+        found += bool(way and turned != way and at - before <= within)
+        way = turned
+    return found

@@ -1,7 +1,8 @@
-"""Days of traffic for the planner: one that is drawn by a seed, and a recorded half hour."""
+"""Traffic for the planner: a day that is drawn by a seed, a recorded half hour, and minutes for real processes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -47,6 +48,44 @@ def day(seed: int, peak: float = 20.0, spikes: int = 4, scale: float = 1.0) -> D
     prompt = 8000 * (1 + 0.15 * np.sin(at / 24 * 2 * np.pi)) * np.exp(np.repeat(_wander(chance, length // 60 + 1, 0.98, 0.01), 60)[:length])
     output = np.full(length, 600.0) * np.exp(np.repeat(_wander(chance, length // 60 + 1, 0.98, 0.01), 60)[:length])
     return Day(chance.poisson(rate).astype(np.float64), prompt, output)
+
+
+RUSH = ((0, 3), (12, 3), (45, 14), (60, 14), (80, 5), (92, 5), (95, 15), (110, 15), (114, 5), (122, 3), (123, 0), (141, 0), (142, 2), (162, 3))
+"""Seconds, and requests per second then; straight lines between."""
+LEAD = 12
+"""Seconds of it that come before the measurement: a planner that has just begun has no history to go by."""
+
+
+@attrs.frozen
+class Rush:
+    """Single requests of some minutes."""
+
+    requests: Sequence[tuple[float, int, int]]
+    """When it is due, prompt tokens, and tokens to generate."""
+    rates: Floats
+    """That were drawn from, second by second."""
+    lead: float
+    prompt: float = 4000.0
+    output: float = 60.0
+    """Mean lengths."""
+
+
+def rush(seed: int, scale: float = 1.0) -> Rush:
+    """Poisson arrivals of a load that rises, falls, doubles at once, stops, and comes back from nothing.
+
+    :param scale: all times but the lead in; the rates stay.
+    """
+    chance = np.random.default_rng(seed)
+    length = LEAD + round((RUSH[-1][0] - LEAD) * scale)
+    at = np.arange(length)
+    rates = np.interp(np.where(at < LEAD, at, LEAD + (at - LEAD) / scale), *zip(*RUSH, strict=True))
+    made = Rush((), rates, LEAD)
+    requests: list[tuple[float, int, int]] = []
+    for second, count in enumerate(chance.poisson(rates)):
+        for part in np.sort(chance.random(count)):
+            prompt = int(np.clip(made.prompt * np.exp(chance.normal(-0.25**2 / 2, 0.25)), 500, 10_000))
+            requests.append((second + float(part), prompt, int(chance.integers(40, 81))))
+    return attrs.evolve(made, requests=requests)
 
 
 def recorded() -> Floats:
