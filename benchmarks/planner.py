@@ -15,7 +15,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar, Literal
@@ -24,7 +24,7 @@ import attrs
 import numpy as np
 
 from benchmarks.planner_fleet import SimulatedFleet, profile
-from benchmarks.planner_loads import Day, day, recorded
+from benchmarks.planner_loads import Day, day, recorded, recorded_day
 from dynamo_core.config import Use
 from dynamo_core.plugins import Plugins
 from dynamo_planner import build as parts
@@ -36,7 +36,7 @@ from dynamo_planner.planning import Planning
 from dynamo_planner.predict.backtest import Score, backtest
 from dynamo_planner.stages import capacity
 
-TICK, INTERVAL, COLD, TTFT, ITL = 30, 120, 120.0, 0.5, 0.025
+TICK, INTERVAL, COLD, ITL = 30, 120, 120.0, 0.025
 PREDICTORS = ("constant", "seasonal-naive", "ewma", "kalman", "kalman-trend", "arima", "ets")
 MARKS = ("<!-- written by benchmarks.planner -->", "<!-- end -->")
 
@@ -59,6 +59,20 @@ class Oracle:
 
 
 @attrs.frozen
+class Traffic:
+    name: str
+    """Of its tables."""
+    day: Callable[..., Day]
+    """By seed and scale."""
+    ttft: float
+
+
+DRAWN = Traffic("a drawn day", day, 0.5)
+RECORDED = Traffic("a day of recorded traffic", recorded_day, 2.0)
+"""Its prompts are of all lengths: one in thirty takes longer than this to read, even alone."""
+
+
+@attrs.frozen
 class Trial:
     name: str
     predictor: str = "kalman"
@@ -67,20 +81,32 @@ class Trial:
     """`peak` and `mean`: a fleet for that load, which never changes."""
     patience: float = 180.0
     roles: tuple[Role, ...] = ("prefill", "decode")
+    traffic: Traffic = DRAWN
+
+    @property
+    def table(self) -> str:
+        """The title of the table that it belongs to."""
+        return f"{self.traffic.name}: {'workers that do both' if len(self.roles) == 1 else 'prefill and decode workers'}"
+
+    @property
+    def row(self) -> str:
+        return self.name.rpartition(": ")[2]
 
 
-DO_BOTH = "aggregated: "
-"""Before the names of trials with workers that read and decode."""
+DO_BOTH, OF_RECORD = "aggregated: ", "recorded: "
+"""Before the names of trials with workers that read and decode, and of those with recorded traffic."""
 _SLA, _MEAN = (Use("sla"),), Use("sla", {"plan_for": "mean"})
 _ALWAYS: tuple[Trial, ...] = (Trial("static, for the peak", kind="peak"), Trial("static, for the mean", kind="mean"), Trial("oracle", propose=_SLA, kind="oracle"),
                               Trial("load", propose=(Use("load"),)))
 _TOGETHER: tuple[Trial, ...] = tuple(Trial(f"sla and load, {name}", name) for name in PREDICTORS)
-TRIALS: tuple[Trial, ...] = (
+_DRAWN: tuple[Trial, ...] = (
     *_ALWAYS, *(Trial(f"sla, {name}", name, _SLA) for name in PREDICTORS), *_TOGETHER,
     Trial("sla and load, kalman, for the mean", propose=(_MEAN, Use("load"))),
     Trial("sla and load, kalman, patience 600 s", patience=600.0),
     *(attrs.evolve(trial, name=DO_BOTH + trial.name, roles=("aggregated",)) for trial in (*_ALWAYS, Trial("sla, kalman", propose=_SLA), *_TOGETHER)),
 )
+_AGAIN = {trial.name for trial in _ALWAYS} | {"sla, kalman", "sla, ets", "sla and load, constant", "sla and load, kalman", "sla and load, ets"}
+TRIALS = (*_DRAWN, *(attrs.evolve(trial, name=OF_RECORD + trial.name, traffic=RECORDED) for trial in _DRAWN if trial.row in _AGAIN))
 
 
 @attrs.define
@@ -114,16 +140,17 @@ class Result:
 
 def run(trial: Trial, today: Day, before: Day, remembering: dict[str, Remembering]) -> Result:
     began = time.perf_counter()
-    fleet = SimulatedFleet(today, TTFT, ITL, COLD, trial.roles)
+    ttft = trial.traffic.ttft
+    fleet = SimulatedFleet(today, ttft, ITL, COLD, trial.roles)
     length = int(today.arrivals.size)
     measured = Measured.of(profile(), "the timing model")
     if trial.kind in ("peak", "mean"):
         rates = today.counts(60) / 60
-        fleet.start_with(_need(trial.roles, float(rates.max() if trial.kind == "peak" else rates.mean()), today, measured))
+        fleet.start_with(_need(trial, float(rates.max() if trial.kind == "peak" else rates.mean()), today, measured))
         fleet.advance(length)
         return _result(fleet, 0, 0, began, [])
     table = Planner(
-        metrics=Metrics(frontends=("http://127.0.0.1:1",)), roles=trial.roles, ttft=TTFT, itl=ITL, tick=float(TICK), interval=float(INTERVAL),
+        metrics=Metrics(frontends=("http://127.0.0.1:1",)), roles=trial.roles, ttft=ttft, itl=ITL, tick=float(TICK), interval=float(INTERVAL),
         cold_start=COLD, predictor=_predictor(trial.predictor, length), propose=trial.propose, gpus=40, patience=trial.patience,
     )
     mind = parts.mind(table, Plugins.load())
@@ -158,11 +185,11 @@ def _result(fleet: SimulatedFleet, changes: int, turns: int, began: float, shown
                   time.perf_counter() - began, shown)
 
 
-def _need(roles: Sequence[str], rate: float, today: Day, measured: Measured) -> dict[str, int]:
+def _need(trial: Trial, rate: float, today: Day, measured: Measured) -> dict[str, int]:
     demand = capacity.Demand(rate, float(today.prompt.mean()), float(today.output.mean()))
-    if len(roles) == 1:
-        return {roles[0]: capacity.aggregated(demand, measured, TTFT, ITL, 0.95).replicas}
-    return {"prefill": capacity.prefill(demand, measured, TTFT, 0.95).replicas, "decode": capacity.decode(demand, measured, ITL, 0.95).replicas}
+    if len(trial.roles) == 1:
+        return {trial.roles[0]: capacity.aggregated(demand, measured, trial.traffic.ttft, ITL, 0.95).replicas}
+    return {"prefill": capacity.prefill(demand, measured, trial.traffic.ttft, 0.95).replicas, "decode": capacity.decode(demand, measured, ITL, 0.95).replicas}
 
 
 def _predictor(name: str, length: int) -> Use:
@@ -181,7 +208,7 @@ def table_of_days(title: str, found: Mapping[str, Sequence[Result]]) -> str:
         def of(part: str, results: Sequence[Result] = results) -> float:
             return mean(getattr(result, part) for result in results)
 
-        rows.append(f"| {name.removeprefix(DO_BOTH)} | {of('attained'):.2%} | {of('late_first'):.2%} | {of('late_between'):.2%} | {of('gpu_hours'):.0f} | {of('changes'):.0f} | {of('turns'):.0f} |")
+        rows.append(f"| {name.rpartition(': ')[2]} | {of('attained'):.2%} | {of('late_first'):.2%} | {of('late_between'):.2%} | {of('gpu_hours'):.0f} | {of('changes'):.0f} | {of('turns'):.0f} |")
     return "\n".join(rows)
 
 
@@ -223,16 +250,18 @@ def main() -> int:
     if unknown := set(names) - {trial.name for trial in TRIALS}:
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     found: dict[str, list[Result]] = {}
-    remembering: dict[int, dict[str, Remembering]] = {seed: {} for seed in seeds}
+    remembering: dict[tuple[str, int], dict[str, Remembering]] = {}
     for trial in TRIALS:
         if names and trial.name not in names:
             continue
-        found[trial.name] = [run(trial, day(seed, scale=options.scale), day(seed + 1000, scale=options.scale), remembering[seed]) for seed in seeds]
+        make = trial.traffic.day
+        found[trial.name] = [run(trial, make(seed, scale=options.scale), make(seed + 1000, scale=options.scale),
+                                 remembering.setdefault((trial.traffic.name, seed), {})) for seed in seeds]
         print(f"{trial.name}: {mean(r.attained for r in found[trial.name]):.2%}, {mean(r.gpu_hours for r in found[trial.name]):.0f} GPU h, "
               f"{sum(r.seconds for r in found[trial.name]):.0f} s", file=sys.stderr, flush=True)
-    kinds = {"prefill and decode workers": False, "workers that do both": True}
-    by_kind = {title: {name: results for name, results in found.items() if name.startswith(DO_BOTH) == both} for title, both in kinds.items()}
-    tables = [table_of_days(title, part) for title, part in by_kind.items() if part]
+    titles = dict.fromkeys(trial.table for trial in TRIALS)
+    by_table = {title: {trial.name: found[trial.name] for trial in TRIALS if trial.table == title and trial.name in found} for title in titles}
+    tables = [table_of_days(title, part) for title, part in by_table.items() if part]
     text = "\n\n".join([*tables, *([] if names else [backtests(seeds, options.scale)])])
     print(text)
     if options.report is not None:

@@ -85,6 +85,8 @@ class SimulatedFleet:
     _decoding: list[tuple[float, float, float, bool]] = attrs.field(factory=list)
     """Finish line on the common track, start, tokens, first token in time."""
     _track: float = 0.0
+    _speed: float = 0.0
+    """Tokens of each sequence in the last second."""
     _seen: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(("at", "arrived", "prompt", "output", "ttft", "first", "itl", "ended"), 0.0))
 
     def __attrs_post_init__(self) -> None:
@@ -118,18 +120,13 @@ class SimulatedFleet:
         self.now += 1
 
     def _prefill(self, t: int) -> None:
-        count = int(self.day.arrivals[t])
-        if not count:
-            return
-        prompt, output = float(self.day.prompt[t]), float(self.day.output[t])
-        work, seen, servers = prefill_seconds(prompt), self._seen, self._servers
+        arriving = self.day.requests(t)
+        seen, servers = self._seen, self._servers
         both = len(self.roles) == 1
-        step = itl_seconds(prompt, len(self._decoding) / max(1, self._decoders.ready)) if both else 0.0
-        seen["arrived"] += count
-        seen["prompt"] += count * prompt
-        seen["output"] += count * output
-        for i in range(count):
-            at = t + (i + 0.5) / count
+        step = itl_seconds(float(self.day.prompt[t]), len(self._decoding) / max(1, self._decoders.ready)) if both else 0.0
+        for i, (prompt, output) in enumerate(arriving):
+            work = prefill_seconds(prompt)
+            at = t + (i + 0.5) / len(arriving)
             if servers:
                 first = max(at, servers[0]) + work
                 heapq.heapreplace(servers, first)
@@ -140,6 +137,9 @@ class SimulatedFleet:
                 self._reads(first - work, first)
                 first += step
             waited = first - at
+            seen["arrived"] += 1
+            seen["prompt"] += prompt
+            seen["output"] += output
             seen["ttft"] += waited
             seen["first"] += 1
             self._joining.setdefault(int(first) + 1, []).append((first, output, waited <= self.ttft))
@@ -153,16 +153,20 @@ class SimulatedFleet:
 
     def _decode(self, t: int) -> None:
         decoding, pool = self._decoding, self._decoders
-        read = self._reading.pop(t, 0.0)
-        for first, tokens, in_time in self._joining.pop(t, ()):
-            heapq.heappush(decoding, (self._track + tokens, first, tokens, in_time))
-        if not decoding or not pool.ready:
-            return
+        read, before, speed = self._reading.pop(t, 0.0), self._track, self._speed
         context = float(self.day.prompt[t] + self.day.output[t] / 2)
-        self._track += max(0.0, 1.0 - read / pool.ready) / itl_seconds(context, len(decoding) / pool.ready)
+        for first, tokens, in_time in self._joining.pop(t, ()):  # since the second before
+            began = before - (t - first) * (speed or 1 / itl_seconds(context, 1.0))
+            heapq.heappush(decoding, (began + tokens, first, tokens, in_time))
+        if not decoding or not pool.ready:
+            self._speed = 0.0
+            return
+        self._speed = max(0.0, 1.0 - read / pool.ready) / itl_seconds(context, len(decoding) / pool.ready)
+        self._track += self._speed
         while decoding and decoding[0][0] <= self._track:
-            _, first, tokens, in_time = heapq.heappop(decoding)
-            between = (t + 1 - first) / tokens
+            line, first, tokens, in_time = heapq.heappop(decoding)
+            pace = self._speed if line > before else speed or 1 / itl_seconds(context, 1.0)
+            between = max(0.0, t + (line - before) / pace - first) / tokens
             self._seen["itl"] += between * tokens
             self._seen["ended"] += tokens
             self.served += 1
