@@ -160,7 +160,8 @@ def run(trial: Trial, today: Day, before: Day, remembering: dict[str, Rememberin
         mind.stages.predict = Oracle(today)
     for i, count in enumerate(before.counts(INTERVAL)):
         at = slice(i * INTERVAL, (i + 1) * INTERVAL)
-        mind.history.restore(Load(float(i * INTERVAL - length), INTERVAL, float(count) / INTERVAL, float(before.prompt[at].mean()), float(before.output[at].mean())))
+        mind.history.restore(Load(float(i * INTERVAL - length), INTERVAL, float(count) / INTERVAL, float(before.prompt[at].mean()), float(before.output[at].mean()),
+                                  prompt_spread=before.spread()))
     planning = Planning(mind, fleet, fleet, fleet)
     shown: list[tuple[float, float | None]] = []
 
@@ -186,7 +187,7 @@ def _result(fleet: SimulatedFleet, changes: int, turns: int, began: float, shown
 
 
 def _need(trial: Trial, rate: float, today: Day, measured: Measured) -> dict[str, int]:
-    demand = capacity.Demand(rate, float(today.prompt.mean()), float(today.output.mean()))
+    demand = capacity.Demand(rate, float(today.prompt.mean()), float(today.output.mean()), prompt_spread=today.spread())
     if len(trial.roles) == 1:
         return {trial.roles[0]: capacity.aggregated(demand, measured, trial.traffic.ttft, ITL, 0.95).replicas}
     return {"prefill": capacity.prefill(demand, measured, trial.traffic.ttft, 0.95).replicas, "decode": capacity.decode(demand, measured, ITL, 0.95).replicas}

@@ -40,7 +40,7 @@ def profile() -> Profile:
     """What `dynamo profile` would find."""
     contexts, batches = (1024, 4096, 8192, 12288), (1, 4, 8, 16, 32, 64, 96, 128)
     return Profile(
-        prefill=tuple(PrefillPoint(n, prefill_seconds(n)) for n in (256, 1024, 4096, 8192, 12288)),
+        prefill=tuple(PrefillPoint(n, prefill_seconds(n)) for n in (256, 1024, 4096, 8192, 12288, 32768, 65536, 131072)),
         decode=tuple(DecodePoint(c, n, itl_seconds(c, n)) for c in contexts for n in batches if c * n <= BLOCKS * BLOCK),
         max_sequences=256, kv_tokens=BLOCKS * BLOCK,
     )
@@ -87,7 +87,7 @@ class SimulatedFleet:
     _track: float = 0.0
     _speed: float = 0.0
     """Tokens of each sequence in the last second."""
-    _seen: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(("at", "arrived", "prompt", "output", "ttft", "first", "itl", "ended"), 0.0))
+    _seen: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(("at", "arrived", "prompt", "squares", "output", "ttft", "first", "itl", "ended"), 0.0))
 
     def __attrs_post_init__(self) -> None:
         self.start_with(dict.fromkeys(self.roles, 2))
@@ -139,6 +139,7 @@ class SimulatedFleet:
             waited = first - at
             seen["arrived"] += 1
             seen["prompt"] += prompt
+            seen["squares"] += prompt**2
             seen["output"] += output
             seen["ttft"] += waited
             seen["first"] += 1
@@ -206,7 +207,8 @@ class SimulatedFleet:
             return None
         n = max(1.0, seen["arrived"])
         return Load(at, seconds, seen["arrived"] / seconds, seen["prompt"] / n, seen["output"] / n, in_progress=float(len(self._decoding)),
-                    ttft=seen["ttft"] / seen["first"] if seen["first"] else None, itl=seen["itl"] / seen["ended"] if seen["ended"] else None)
+                    ttft=seen["ttft"] / seen["first"] if seen["first"] else None, itl=seen["itl"] / seen["ended"] if seen["ended"] else None,
+                    prompt_spread=max(0.0, seen["squares"] * n / seen["prompt"] ** 2 - 1) if seen["prompt"] else 0.0)
 
     def reports(self, at: float) -> Sequence[WorkerReport]:
         prompt = float(self.day.prompt[min(self.now, self.day.prompt.size - 1)])

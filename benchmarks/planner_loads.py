@@ -34,6 +34,11 @@ class Day:
         """Prompt and answer of each request of that second."""
         return self.each[second] if self.each else [(float(self.prompt[second]), float(self.output[second]))] * int(self.arrivals[second])
 
+    def spread(self) -> float:
+        """Variance of the prompt lengths over the square of their mean."""
+        prompts = np.array([prompt for second in self.each for prompt, _ in second] or self.prompt)
+        return float(prompts.var() / prompts.mean() ** 2)
+
     def counts(self, seconds: int) -> Floats:
         """Arrivals in each stretch of so many seconds."""
         return self.arrivals.reshape(-1, seconds).sum(axis=1)

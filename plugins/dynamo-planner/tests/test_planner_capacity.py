@@ -5,15 +5,18 @@ from __future__ import annotations
 import heapq
 import math
 import random
+import statistics
 
 import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynamo_planner.contract import Load
+from dynamo_planner.history import merged
 from dynamo_planner.performance.live import Linear
 from dynamo_planner.stages import capacity
-from dynamo_planner.stages.capacity import Demand
+from dynamo_planner.stages.capacity import Demand, Work
 
 ENGINE = Linear(step=0.005, sequence=0.0002, read=1e-8, prompt=0.01, prompt_token=2e-5, seen=64.0, source="a test")
 RATES = st.floats(0.0, 200.0, allow_nan=False)
@@ -39,7 +42,37 @@ def test_the_late_share_is_what_a_queue_that_is_played_through_has():
         start = max(now, free[0])
         heapq.heapreplace(free, start + chance.expovariate(1 / work))
         late += start - now > target - work
-    assert late / count == pytest.approx(capacity.late(servers, rate, work, target), rel=0.1)
+    assert late / count == pytest.approx(capacity.late(servers, rate, Work([work]), target), rel=0.1)
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.7, 3.0])
+def test_prompts_of_very_different_lengths_are_read_in_time_by_as_many_replicas_as_are_asked_for(spread):
+    @attrs.frozen
+    class Engine(Linear):
+        def prefill(self, tokens: float) -> float:
+            return 0.0165 + 1.518e-5 * tokens + 4.21e-10 * tokens**2
+
+    engine, target, share, rate, mean = Engine(0.005, 0.0002, 1e-8, 0.0, 0.0, 64.0, "a test"), 2.0, 0.95, 20.0, 12_000.0
+    chance, sigma = random.Random(2), math.sqrt(math.log1p(spread))
+    drawn = [min(131_072.0, mean * math.exp(sigma * chance.gauss(0, 1) - sigma**2 / 2)) for _ in range(20_000)]
+    lengths = [length * mean * len(drawn) / sum(drawn) for length in drawn]
+
+    def late(servers: int) -> float:
+        """Of those that could be in time at all."""
+        free, now, waited, count = [0.0] * servers, 0.0, 0, 0
+        for length in lengths:
+            now += chance.expovariate(rate)
+            work = engine.prefill(length)
+            start = max(now, free[0])
+            heapq.heapreplace(free, start + work)
+            count += work <= target
+            waited += work <= target < start - now + work
+        return waited / count
+
+    told, untold = (capacity.prefill(Demand(rate, mean, 100, prompt_spread=known), engine, target, share).replicas for known in (spread, 0.0))
+    assert late(told) <= 1.2 * (1 - share)
+    assert late(untold) > 2 * (1 - share), "the mean length would have been enough"
+    assert late(told - 2) > 1 - share, "more than are needed"
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,3 +130,11 @@ def test_the_mean_number_leaves_room_for_chance():
     for most in (4.0, 30.0, 200.0):
         room = capacity.occupancy(most, 0.95)
         assert room + 1.6449 * math.sqrt(room) == pytest.approx(most, rel=1e-3)
+
+
+def test_stretches_with_prompts_of_one_length_each_have_together_the_spread_of_all():
+    parts = [Load(10.0, 10.0, rate=0.3, prompt_tokens=500.0), Load(20.0, 10.0, rate=0.1, prompt_tokens=8_000.0), Load(30.0, 10.0)]
+    lengths = [500.0] * 3 + [8_000.0]
+    assert merged(parts).prompt_spread == pytest.approx(statistics.pvariance(lengths) / statistics.mean(lengths) ** 2)
+    assert merged(parts[:1]).prompt_spread == pytest.approx(0.0)
+    assert merged([merged(parts[:1]), merged(parts[1:])]) == merged(parts)

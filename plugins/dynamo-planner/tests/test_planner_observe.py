@@ -24,10 +24,12 @@ from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.testing.servers import Authority, Node, free_port
 from dynamo_planner.config import Metrics
 from dynamo_planner.contract import Load
+from dynamo_planner.history import merged
 from dynamo_planner.observe.frontends import FrontendLoad, http_client
 from dynamo_planner.observe.samples import PRESENCE, START, Growth, Sample, SeveralProcesses
 from dynamo_planner.observe.workers import WorkerReports
 from dynamo_planner.planning import Missing
+from dynamo_planner.stages.capacity import NEGLIGIBLE
 
 KEY = "the operators' key"
 
@@ -125,6 +127,28 @@ async def test_the_load_is_read_from_a_running_frontend(stack: Stack):
         assert busy.in_progress == 0
         quiet = await source.load(source._last + 10.0)
         assert (quiet.rate, quiet.prompt_tokens, quiet.ttft) == (0.0, 0.0, None)
+
+
+async def test_how_different_prompts_are_is_read_from_a_running_frontend(stack: Stack):
+    def ask(tokens: int) -> None:
+        body = {"model": "sim", "prompt": [100 + i % 800 for i in range(tokens)], "max_tokens": 2}
+        assert httpx.post(f"{stack.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+    async def spread(lengths: list[int]) -> float:
+        async with reading(with_key(stack.admin), "sim") as source:
+            await source.load(100.0)
+            await asyncio.gather(*(asyncio.to_thread(ask, tokens) for tokens in lengths))
+            seen: list[Load] = []
+
+            async def whole() -> bool:
+                seen.append(await source.load(source._last + 10.0))
+                return sum(part.rate * 10.0 for part in seen) == pytest.approx(len(lengths)) and any(part.prompt_tokens for part in seen)
+
+            await until(whole)
+            return merged(seen).prompt_spread
+
+    assert await spread([3000] * 8) < NEGLIGIBLE
+    assert await spread([200, 200, 200, 200, 200, 200, 200, 8000]) > 2.0
 
 
 async def test_the_series_of_other_models_are_left_out(stack: Stack):

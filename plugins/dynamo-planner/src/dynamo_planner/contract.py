@@ -52,6 +52,8 @@ class Load:
     """Mean time to the first token; None when there was no first token."""
     itl: float | None = None
     """Mean time between tokens."""
+    prompt_spread: float = 0.0
+    """Variance of the prompt lengths over the square of their mean: 0 when all are alike."""
 
 
 @attrs.frozen

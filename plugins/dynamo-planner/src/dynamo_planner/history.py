@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from dynamo_planner.contract import Load
 
+RECENT = 30
+"""Intervals that say how different prompts are; one alone has too few of them."""
+
 
 class History:
     """Points of `interval` seconds. A stretch in which nothing could be seen is left out of the point that it falls in; a whole point without is not made."""
@@ -41,7 +44,8 @@ class History:
         point = merged(self._open)
         if not point.prompt_tokens and self._points:  # nothing ended in it: lengths are as they were
             last = self._points[-1]
-            point = Load(point.at, point.seconds, point.rate, last.prompt_tokens, last.output_tokens, last.cached_share, point.in_progress, point.held)
+            point = Load(point.at, point.seconds, point.rate, last.prompt_tokens, last.output_tokens, last.cached_share, point.in_progress, point.held,
+                         prompt_spread=last.prompt_spread)
         self.restore(point)
         self._open.clear()
         return point
@@ -61,5 +65,12 @@ def merged(loads: Sequence[Load]) -> Load:
         known = [(value, max(count, 1e-9)) for load, count in zip(loads, arrived, strict=True) if (value := getattr(load, name)) is not None]
         return sum(value * count for value, count in known) / sum(count for _, count in known) if known else None
 
-    return Load(loads[-1].at, seconds, sum(arrived) / seconds, mean("prompt_tokens"), mean("output_tokens"), mean("cached_share"),
-                sum(load.in_progress * load.seconds for load in loads) / seconds, loads[-1].held, timed("ttft"), timed("itl"))
+    prompt = mean("prompt_tokens")
+    return Load(loads[-1].at, seconds, sum(arrived) / seconds, prompt, mean("output_tokens"), mean("cached_share"),
+                sum(load.in_progress * load.seconds for load in loads) / seconds, loads[-1].held, timed("ttft"), timed("itl"), _spread(spoke, weight, prompt))
+
+
+def _spread(spoke: Sequence[tuple[Load, float]], weight: float, mean: float) -> float:
+    """Within the stretches, and between them."""
+    squares = sum((1 + load.prompt_spread) * load.prompt_tokens**2 * count for load, count in spoke)
+    return max(0.0, squares / weight / mean**2 - 1) if mean else 0.0

@@ -28,6 +28,7 @@ class LoadSeen(msgspec.Struct, frozen=True, omit_defaults=True):
     held: float = 0.0
     ttft: float | None = None
     itl: float | None = None
+    prompt_spread: float = 0.0
 
     @classmethod
     def of(cls, load: Load | None) -> LoadSeen | None:

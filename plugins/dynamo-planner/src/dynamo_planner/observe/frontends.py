@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_planner.config import Metrics
 from dynamo_planner.contract import Load
-from dynamo_planner.observe.samples import NAMES, PRESENCE, START, Growth, Sample, SeveralProcesses
+from dynamo_planner.observe.samples import NAMES, PRESENCE, START, Growth, Sample, SeveralProcesses, spread
 from dynamo_planner.planning import Missing
 
 _P = "dynamo_frontend_"
@@ -152,5 +152,5 @@ def _load(at: float, seconds: float, grown: Mapping[str, float], gauges: Mapping
         cached_share=ratio("cached_tokens_sum", "input_sequence_tokens_sum") or 0.0,
         in_progress=gauges[f"{_P}inflight_requests"], held=gauges[f"{_P}held_requests"],
         ttft=ratio("time_to_first_token_seconds_sum", "time_to_first_token_seconds_count"),
-        itl=ratio("inter_token_latency_seconds_sum", "inter_token_latency_seconds_count"),
+        itl=ratio("inter_token_latency_seconds_sum", "inter_token_latency_seconds_count"), prompt_spread=spread(grown, f"{_P}input_sequence_tokens"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import attrs
@@ -10,6 +11,7 @@ NAMES = (
     "dynamo_frontend_requests_started_total",
     "dynamo_frontend_input_sequence_tokens_sum",
     "dynamo_frontend_input_sequence_tokens_count",
+    "dynamo_frontend_input_sequence_tokens_bucket",
     "dynamo_frontend_output_sequence_tokens_sum",
     "dynamo_frontend_output_sequence_tokens_count",
     "dynamo_frontend_cached_tokens_sum",
@@ -23,6 +25,8 @@ NAMES = (
     "process_start_time_seconds",
 )
 """The series that are looked at. `PRESENCE` has no labels, so that every frontend exports it from its first moment."""
+BUCKET = "{name}/{le:g}"
+"""How the growth of one bucket of a histogram is named."""
 PRESENCE = "dynamo_frontend_disconnected_clients_total"
 START = "process_start_time_seconds"
 GAUGES = ("dynamo_frontend_inflight_requests", "dynamo_frontend_held_requests")
@@ -78,5 +82,19 @@ class Growth:
                 grown[name] = grown.get(name, 0.0) + value
             elif before is not None:
                 step = value - (0.0 if other else before.get((name, labels), 0.0))
-                grown[name] = grown.get(name, 0.0) + (step if step >= 0 else value)
+                key = BUCKET.format(name=name, le=float(dict(labels)["le"])) if name.endswith("_bucket") else name
+                grown[key] = grown.get(key, 0.0) + (step if step >= 0 else value)
         return grown
+
+
+def spread(grown: Mapping[str, float], histogram: str) -> float:
+    """Variance over the square of the mean, of what was added to a histogram; values are taken to be spread evenly over their bucket."""
+    start = f"{histogram}_bucket/"
+    buckets = sorted((float(key.removeprefix(start)), count) for key, count in grown.items() if key.startswith(start))
+    low = below = first = second = 0.0
+    for high, count in buckets:
+        high = high if math.isfinite(high) else 2 * low
+        first += (count - below) * (low + high) / 2
+        second += (count - below) * (low * low + low * high + high * high) / 3
+        low, below = high, count
+    return max(0.0, second * below / first**2 - 1) if first > 0 else 0.0

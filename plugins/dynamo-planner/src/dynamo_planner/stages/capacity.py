@@ -1,6 +1,7 @@
 """How many replicas meet a latency target: queueing for prompts, occupancy for decoding.
 
-Prompts are read one after the other, by whichever replica is free: an M/M/n queue, whose waiting time has a closed form (Erlang's C).
+Prompts are read one after the other, by whichever replica is free: an M/M/n queue, whose waiting time has a closed form (Erlang's C). Prompts of
+very different lengths make for longer waits than that, in proportion to the scatter of the work, and for more work: a long one costs more than its tokens say.
 Sequences decode together, and the more there are, the slower each: Little's law gives their mean number, and the number at a moment
 scatters around it by its root. Both are asked for a share of the requests that must meet the target, not for a mean.
 Everything here grows with the load and never falls: more load never needs fewer replicas.
@@ -9,7 +10,8 @@ Everything here grows with the load and never falls: more load never needs fewer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import NormalDist
 
 import attrs
@@ -18,6 +20,11 @@ from dynamo_planner.contract import Performance
 
 MOST = 4096
 """More replicas than this are never asked for."""
+NEGLIGIBLE = 0.05
+"""A spread of prompt lengths that a histogram of a few buckets could not tell from none."""
+EXAMPLES = 48
+"""Lengths that stand for all."""
+_NORMAL = NormalDist()
 
 
 @attrs.frozen
@@ -28,6 +35,8 @@ class Demand:
     prompt_tokens: float
     output_tokens: float
     cached_share: float = 0.0
+    prompt_spread: float = 0.0
+    """Variance of the prompt lengths over the square of their mean."""
 
     @property
     def uncached(self) -> float:
@@ -45,6 +54,32 @@ class Need:
     why: str
 
 
+@attrs.frozen
+class Work:
+    """Seconds that a replica spends on one prompt: several examples, each as likely as the others."""
+
+    examples: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.examples) / len(self.examples)
+
+    @property
+    def scatter(self) -> float:
+        """Variance over the square of the mean, at least that of the queue with a closed form."""
+        return max(1.0, sum(part * part for part in self.examples) / len(self.examples) / self.mean**2 - 1) if self.mean else 1.0
+
+
+def reading(demand: Demand, performance: Performance, more: float = 0.0) -> Work:
+    """Prompts as they are spread, log-normally. :param more: seconds that each takes besides."""
+    if demand.prompt_spread < NEGLIGIBLE:
+        return Work((performance.prefill(demand.uncached) + more,))
+    sigma = math.sqrt(math.log1p(demand.prompt_spread))
+    # The mean of each of so many parts of the distribution, so that the mean of all is right, and most of its tail is there.
+    ends = [0.0, *(_NORMAL.cdf(_NORMAL.inv_cdf(i / EXAMPLES) - sigma) for i in range(1, EXAMPLES)), 1.0]
+    return Work([performance.prefill(demand.uncached * EXAMPLES * (high - low)) + more for low, high in pairwise(ends)])
+
+
 def waiting(servers: int, offered: float) -> float:
     """Erlang's C: the probability that an arrival waits. :param offered: arrivals per second times seconds of work each."""
     if offered <= 0:
@@ -57,13 +92,16 @@ def waiting(servers: int, offered: float) -> float:
     return blocked / (1 - offered / servers * (1 - blocked))
 
 
-def late(servers: int, rate: float, work: float, target: float) -> float:
+def late(servers: int, rate: float, work: Work, target: float) -> float:
     """The probability that waiting and work together take longer than `target`. Where work alone does, that there is waiting at all."""
-    offered = rate * work
+    mean = work.mean
+    offered = rate * mean
     if offered >= servers:
         return 1.0
-    patience = max(0.0, target - work)
-    return waiting(servers, offered) * math.exp(-(servers - offered) * patience / work) if work > 0 else 0.0
+    if mean <= 0:
+        return 0.0
+    pace = (servers - offered) / mean * 2 / (1 + work.scatter)
+    return waiting(servers, offered) * sum(math.exp(-pace * max(0.0, target - part)) for part in work.examples) / len(work.examples)
 
 
 def most_concurrency(performance: Performance, context: float, itl: float) -> float:
@@ -80,18 +118,18 @@ def most_concurrency(performance: Performance, context: float, itl: float) -> fl
 
 def occupancy(most: float, share: float) -> float:
     """The mean number of sequences that stays at or below `most` for this share of the time."""
-    z = max(0.0, NormalDist().inv_cdf(share))
+    z = max(0.0, _NORMAL.inv_cdf(share))
     root = (-z + math.sqrt(z * z + 4 * most)) / 2
     return max(root * root, 0.5)
 
 
 def prefill(demand: Demand, performance: Performance, ttft: float, share: float) -> Need:
     """Replicas that read prompts and do nothing else."""
-    work = performance.prefill(demand.uncached)
+    work = reading(demand, performance)
     replicas = _least(lambda n: late(n, demand.rate, work, ttft) <= 1 - share) if demand.rate > 0 else 0
-    note = f", and one alone takes longer than the target of {_ms(ttft)}" if work > ttft else ""
-    return Need(replicas, f"{demand.rate:.3g} prompts/s of {demand.uncached:.0f} uncached tokens, {_ms(work)} each{note}: {replicas} keep {share:.0%} within it"
-                if demand.rate > 0 else "no prompts are expected")
+    note = f", and one alone takes longer than the target of {_ms(ttft)}" if work.mean > ttft else ""
+    why = f"{demand.rate:.3g} prompts/s of {demand.uncached:.0f} uncached tokens, {_ms(work.mean)} each{note}: {replicas} keep {share:.0%} within it"
+    return Need(replicas, why if demand.rate > 0 else "no prompts are expected")
 
 
 def decode(demand: Demand, performance: Performance, itl: float, share: float) -> Need:
@@ -106,11 +144,11 @@ def decode(demand: Demand, performance: Performance, itl: float, share: float) -
 
 def aggregated(demand: Demand, performance: Performance, ttft: float, itl: float, share: float) -> Need:
     """Replicas that do both: reading prompts takes its share of every second, and decoding gets the rest."""
-    work = performance.prefill(demand.uncached) + performance.itl(demand.context, 1.0)
+    work = reading(demand, performance, performance.itl(demand.context, 1.0))
     most = most_concurrency(performance, demand.context, itl)
 
     def enough(n: int) -> bool:
-        busy = demand.rate * work / n
+        busy = demand.rate * work.mean / n
         if busy >= 0.95 or late(n, demand.rate, work, ttft) > 1 - share:
             return False
         slowed = most_concurrency(performance, demand.context, itl * (1 - busy))
@@ -118,7 +156,7 @@ def aggregated(demand: Demand, performance: Performance, ttft: float, itl: float
         return demand.rate * demand.output_tokens * between / n <= occupancy(slowed, share)
 
     replicas = _least(enough) if demand.rate > 0 else 0
-    why = f"{demand.rate:.3g} requests/s, {_ms(work)} to read each, {most:.3g} decode together within {_ms(itl)}"
+    why = f"{demand.rate:.3g} requests/s, {_ms(work.mean)} to read each, {most:.3g} decode together within {_ms(itl)}"
     return Need(replicas, why if demand.rate > 0 else "no requests are expected")
 
 

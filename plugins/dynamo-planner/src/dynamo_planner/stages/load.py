@@ -10,6 +10,7 @@ import attrs
 from attrs import validators as v
 
 from dynamo_planner.contract import Outlook, Proposal, View, WorkerReport
+from dynamo_planner.history import RECENT, merged
 from dynamo_planner.stages import capacity
 
 
@@ -63,7 +64,7 @@ def pressure_of(view: View, role: str, reports: Sequence[WorkerReport], replicas
     """The greatest of what can be seen, and its name. :param replicas: as if the same load were on so many."""
     n = replicas or len(reports)
     parts: dict[str, float] = {}
-    load = view.history[-1] if view.history else view.observation.load
+    demand = _demand(view)
     if role != "prefill":
         parts["KV cache"] = sum(report.kv_share for report in reports) / n / 0.9
         running, waiting = sum(report.running for report in reports), sum(report.waiting for report in reports)
@@ -71,9 +72,8 @@ def pressure_of(view: View, role: str, reports: Sequence[WorkerReport], replicas
             parts["sequences at once"] = (running + waiting) / n / (sum(report.slots for report in reports) / len(reports)) / 0.9
         if waiting > len(reports):
             parts["waiting requests"] = (running + waiting) / max(1, running) * len(reports) / n
-        if view.performance is not None and load is not None and load.prompt_tokens:
-            demand = capacity.Demand(load.rate, load.prompt_tokens, load.output_tokens, load.cached_share)
-            busy = min(0.9, demand.rate * view.performance.prefill(demand.uncached) / n) if role == "aggregated" else 0.0
+        if view.performance is not None and demand is not None:
+            busy = min(0.9, demand.rate * capacity.reading(demand, view.performance).mean / n) if role == "aggregated" else 0.0
             most = capacity.most_concurrency(view.performance, demand.context, view.itl * (1 - busy))
             parts["sequences for the ITL target"] = running / n / capacity.occupancy(most, view.share)
     if role != "decode":
@@ -95,17 +95,24 @@ def _seen(view: View, role: str) -> dict[str, float]:
     return found
 
 
-def _prefill(view: View, reports: Sequence[WorkerReport], n: int) -> dict[str, float]:
-    tokens = sum(report.waiting_prefill_tokens for report in reports) / n
+def _demand(view: View) -> capacity.Demand | None:
+    """Of the last interval; None when nothing ended in it."""
     load = view.history[-1] if view.history else view.observation.load
     if load is None or not load.prompt_tokens:
+        return None
+    spread = merged(view.history[-RECENT:]).prompt_spread if view.history else load.prompt_spread
+    return capacity.Demand(load.rate, load.prompt_tokens, load.output_tokens, load.cached_share, spread)
+
+
+def _prefill(view: View, reports: Sequence[WorkerReport], n: int) -> dict[str, float]:
+    tokens = sum(report.waiting_prefill_tokens for report in reports) / n
+    if (demand := _demand(view)) is None:
         return {"queued prompts": 0.0}
-    demand = capacity.Demand(load.rate, load.prompt_tokens, load.output_tokens, load.cached_share)
     if view.performance is None:
-        return {"queued prompts": tokens / load.prompt_tokens}
-    work = view.performance.prefill(demand.uncached)
-    queued = tokens / max(1.0, demand.uncached) * work
-    found = {"queued prompts for the TTFT target": queued / max(view.ttft - work, 0.1 * view.ttft)}
+        return {"queued prompts": tokens / demand.prompt_tokens}
+    work = capacity.reading(demand, view.performance)
+    queued = tokens / max(1.0, demand.uncached) * work.mean
+    found = {"queued prompts for the TTFT target": queued / max(view.ttft - work.mean, 0.1 * view.ttft)}
     late = capacity.late(n, demand.rate, work, view.ttft)
     # 1 exactly when as many are late as may be; the busy share alone says nothing about a queue of few servers.
     found["late first tokens"] = (late / (1 - view.share)) ** 0.25 if view.share < 1 else float(late > 0)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import attrs
 
 from dynamo_planner.contract import Outlook, Proposal, View
+from dynamo_planner.history import RECENT, merged
 from dynamo_planner.stages import capacity
 
 
@@ -21,9 +22,9 @@ class Sla:
     def propose(self, view: View, outlook: Outlook | None) -> Proposal | None:
         if outlook is None or view.performance is None:
             return None
-        last = view.history[-1]
+        recent = merged(view.history[-RECENT:])
         rate, prompt, output = ((part.high if self.plan_for == "high" else part.mean) for part in (outlook.rate, outlook.prompt_tokens, outlook.output_tokens))
-        demand = capacity.Demand(rate, prompt, output, last.cached_share)
+        demand = capacity.Demand(rate, prompt, output, view.history[-1].cached_share, recent.prompt_spread)
         needs: dict[str, capacity.Need] = {}
         for role in view.roles:
             if role == "prefill":
