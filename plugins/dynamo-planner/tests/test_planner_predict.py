@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_core.plugins import Plugins
-from dynamo_planner.predict.ahead import ahead, peak, without_idle_start
+from dynamo_planner.predict.ahead import ahead, peak, without_idle_start, without_pauses
 from dynamo_planner.predict.backtest import backtest
 from dynamo_planner.predict.baselines import Constant, Ewma, SeasonalNaive
 from dynamo_planner.predict.kalman import KalmanLevel, KalmanTrend
@@ -37,6 +37,26 @@ def test_a_constant_load_is_expected_to_stay(predictor):
 def test_the_idle_time_before_the_first_request_is_skipped():
     assert without_idle_start(np.array([0, 0, 0, 3.0, 0, 5.0])).tolist() == [3.0, 0, 5.0]
     assert without_idle_start(np.zeros(4)).tolist() == [0.0]
+
+
+def test_pauses_are_skipped_and_the_one_that_lasts_is_not():
+    assert without_pauses(np.array([3.0, 0, 0, 5.0, 0, 0, 0, 4.0])).tolist() == [3.0, 0, 0, 5.0, 4.0]
+    assert without_pauses(np.array([3.0, 0, 0, 0, 0])).tolist() == [3.0, 0, 0, 0, 0]
+    assert without_pauses(np.zeros(2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("predictor", [Constant(), Ewma(), KalmanLevel(), KalmanTrend()], ids=lambda predictor: type(predictor).__name__)
+def test_a_load_that_comes_back_is_expected_to_be_what_it_was(predictor):
+    chance = np.random.default_rng(3)
+    before, back = chance.poisson(40, 60).astype(float), chance.poisson(40, 4).astype(float)
+    through, paused = (ahead(predictor, np.concatenate([before, np.zeros(pause), back]), 2, 0.8) for pause in (0, 20))
+    assert paused.high == pytest.approx(through.high)
+    assert ahead(predictor, np.concatenate([before, np.zeros(20)]), 2, 0.8).mean[-1] < 0.5 * through.mean[-1], "while nobody asks, nobody is expected"
+
+
+def test_whoever_looks_for_the_same_time_of_another_day_sees_pauses():
+    day = np.array([8.0, 8.0, 0.0, 0.0, 0.0, 8.0, 8.0, 8.0])
+    assert ahead(SeasonalNaive(season=8), np.concatenate([day, day[:2]]), 3, 0.8).mean.max() < 1.0
     busy = np.array([20.0, 21.0, 19.0, 20.0, 22.0, 20.0, 21.0])
     assert ahead(KalmanLevel(), np.concatenate([np.zeros(200), busy]), 1, 0.8).mean == pytest.approx(ahead(KalmanLevel(), busy, 1, 0.8).mean)
 
