@@ -159,7 +159,7 @@ def result(seen: site.Seen, load: Rush) -> Result:
 
 
 def rows(title: str, found: Mapping[str, Result]) -> str:
-    lines = [f"| {title} | requests on time | late first token | slow tokens | failed | met nobody | GPU seconds | changes | turns | cores |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [f"| {title} | requests on time | late first token | slow tokens | failed | cold | GPU seconds | changes | turns | cores |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, r in found.items():
         lines.append(f"| {name.removeprefix(PREFIX)} | {r.on_time / r.requests:.2%} | {r.late_first / r.requests:.2%} | {r.slow / r.requests:.2%} | {r.failed} | {r.cold / r.requests:.2%} "
                      f"| {r.gpu_seconds:.0f} | {r.changes} | {r.turns} | {r.cores:.2f} |")

@@ -12,7 +12,7 @@ from benchmarks import planner_site as site
 from benchmarks.planner_loads import LEAD, Rush, rush
 from benchmarks.planner_processes import TRIALS, rows, run
 
-GRID = ("--inputs=4000,8000", "--contexts=4000", "--concurrency=1,8,16", "--repeat=1")
+GRID = ("--inputs=1000,4000", "--contexts=4000", "--concurrency=1,8", "--repeat=1", "--output=16")
 
 
 def seconds(load: Rush, start: int, end: int) -> Rush:
@@ -27,8 +27,7 @@ def test_a_trial_with_real_processes_counts_what_clients_saw_and_what_workers_co
     found = run(oracle, load, site.profile(tmp_path / "profile", GRID), tmp_path / "trial")
     assert found.failed == 0
     assert found.requests == sum(at >= load.lead for at, _, _ in load.requests) >= found.on_time
-    assert found.changes >= 1, "the oracle has seen the rise and has not scaled"
-    assert max(count for _, count in found.desired) > 2
+    assert max(count for _, count in found.desired) > 2, "the oracle has seen the rise and has not scaled"
     seconds_measured = len(load.rates) - load.lead
     assert 0.8 * seconds_measured * 2 < found.gpu_seconds < seconds_measured * 8
     assert rows("a trial", {oracle.name: found}).count("\n") == 2
