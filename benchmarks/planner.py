@@ -118,6 +118,10 @@ class Remembering:
     predictor: Predictor
     answers: dict[tuple[int, bytes, float], Forecast] = attrs.field(factory=dict)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else is known of the predictor, such as its season."""
+        return getattr(self.predictor, name)
+
     def forecast(self, history: Floats, steps: int, level: float) -> Forecast:
         key = (steps, hashlib.blake2b(history.tobytes()).digest(), level)
         if key not in self.answers:

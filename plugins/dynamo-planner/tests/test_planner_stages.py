@@ -74,6 +74,16 @@ def test_pressure_raises_in_proportion_and_at_once(view):
     assert "waiting requests" in proposal.why["aggregated"]
 
 
+def test_many_requests_that_wait_only_to_be_read_count_by_the_time_that_takes(view, state):
+    """What a frontend has held for a cold model comes at once, and most of it waits for its turn; the worker has room for all of it."""
+    awake = [worker(running=2, waiting=13, kv_share=0.05, slots=256, waiting_prefill_tokens=13 * 200)]
+    load = (Load(60.0, 60.0, rate=0.5, prompt_tokens=200.0, output_tokens=50.0),)
+    known = ByLoad().propose(view(fleet={"aggregated": state(1)}, reports=awake, history=load), None)
+    assert known.targets["aggregated"] == 1, known.why
+    unknown = ByLoad().propose(view(fleet={"aggregated": state(1)}, reports=awake, history=load, performance=None), None)
+    assert unknown.targets["aggregated"] > 8, unknown.why
+
+
 def test_replicas_that_are_starting_count_before_more_are_asked_for(view, state):
     full = [worker(kv_share=0.99)] * 2
     assert ByLoad().propose(view(fleet={"aggregated": state(6, ready=2)}, reports=full), None).targets["aggregated"] == 6

@@ -13,6 +13,9 @@ from dynamo_planner.contract import Outlook, Proposal, View, WorkerReport
 from dynamo_planner.history import RECENT, merged
 from dynamo_planner.stages import capacity
 
+FULL = 0.9
+"""Pressure on the room for sequences from which on requests wait for room."""
+
 
 @attrs.frozen
 class ByLoad:
@@ -70,7 +73,8 @@ def pressure_of(view: View, role: str, reports: Sequence[WorkerReport], replicas
         running, waiting = sum(report.running for report in reports), sum(report.waiting for report in reports)
         if all(report.slots for report in reports):
             parts["sequences at once"] = (running + waiting) / n / (sum(report.slots for report in reports) / len(reports)) / 0.9
-        if waiting > len(reports):
+        # Where the price of a prompt is known, those that only wait to be read count by it; so many at once, as after a pause, are soon read.
+        if waiting > len(reports) and (view.performance is None or max(parts.values()) > FULL):
             parts["waiting requests"] = (running + waiting) / max(1, running) * len(reports) / n
         if view.performance is not None and demand is not None:
             busy = min(0.9, demand.rate * capacity.reading(demand, view.performance).mean / n) if role == "aggregated" else 0.0
