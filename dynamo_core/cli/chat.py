@@ -55,11 +55,12 @@ def _only_model(client: httpx.Client) -> str:
     response = get(client, "/v1/models")
     if response.status_code != 200:
         raise Unavailable(f"{client.base_url} does not list its models: {refusal(response)}")
-    names = [model["id"] for model in response.json()["data"]]
-    if len(names) == 1:
-        return names[0]
+    listed = response.json()["data"]
+    names = [model["id"] for model in listed]
     if not names:
         raise Unavailable(f"no model is ready at {client.base_url}; {str(client.base_url).rstrip('/')}/health says what is missing")
+    if len({model.get("root", model["id"]) for model in listed}) == 1:  # one model, perhaps under several names
+        return names[0]
     raise Unavailable(f"several models are served; choose one with --model: {', '.join(names)}")
 
 

@@ -20,6 +20,7 @@ class Frontend(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.models = ["small"]
+        self.roots: dict[str, str] = {}
         self.asked: list[dict[str, Any]] = []
         self.fail_midway = False
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -33,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            self.answer(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
+            self.answer(200, {"object": "list", "data": [{"id": name, "root": self.server.roots.get(name, name)} for name in self.server.models]})
         elif self.path == "/debug/decisions/req%2F1":
             self.answer(200, {"id": "req/1", "text": "request req/1 -> w1\n  * w1 2.10"})
         else:
@@ -131,6 +132,12 @@ def test_without_exactly_one_model_chat_says_what_there_is(models: list[str], sa
     frontend.models = models
     assert main(["chat", "hi", "--url", frontend.url]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_model_with_several_names_is_the_only_model(frontend: Frontend) -> None:
+    frontend.models, frontend.roots = ["small", "Small-0.1B"], {"Small-0.1B": "small"}
+    assert main(["chat", "hi", "--url", frontend.url]) == 0
+    assert frontend.asked[0]["model"] == "small"
 
 
 def test_errors_before_and_after_the_first_token_are_exit_1(frontend: Frontend, capsys: pytest.CaptureFixture[str]) -> None:
