@@ -82,6 +82,10 @@ class Structurer:
             raise Bad
         try:
             return cls(**values)
+        except ConfigError as e:
+            for problem in e.problems:
+                self.bad(at, f"{name}: {problem.where}{': ' if problem.where else ''}{problem.what}", problem.remedy)
+            raise Bad from None
         except Exception as e:  # the constructor of a plugin's class may raise anything
             raise self.bad(at, f"{name}: {e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'}") from None
 
@@ -304,13 +308,18 @@ class Structurer:
         if scheme == "env" and rest:
             if (found := self.environ.get(rest)) is None:
                 raise self.bad(at, f"{dotted(at)}: the environment variable {rest} is not set")
+            if not found:  # whoever compares with it would let everybody in
+                raise self.bad(at, f"{dotted(at)}: the environment variable {rest} is empty")
             return Secret(found, str(raw))
         if scheme == "file" and rest:
             try:
-                return Secret(Path(rest).expanduser().read_text("utf-8").strip(), str(raw))
+                found = Path(rest).expanduser().read_text("utf-8").strip()
             except (OSError, ValueError) as e:
                 reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
                 raise self.bad(at, f"{dotted(at)}: the file {rest} cannot be read: {reason}") from None
+            if not found:
+                raise self.bad(at, f"{dotted(at)}: the file {rest} is empty")
+            return Secret(found, str(raw))
         if isinstance(raw, str) and raw:
             self._literals.add(raw)
         raise self.bad(at, f"{dotted(at)} is a secret and must not stand in the configuration itself", 'write "file:/path/to/it" or "env:NAME"')

@@ -14,7 +14,7 @@ from attrs import validators as v
 
 from dynamo_core.config import Secret, Use, build, check, choice, load, origins, structure
 from dynamo_core.config.emit import nested, to_toml
-from dynamo_core.errors import ConfigError
+from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.plugins import Plugins, Registry
 
 
@@ -60,6 +60,8 @@ class Rich:
     def __attrs_post_init__(self) -> None:
         if self.size == 13:
             raise ValueError("thirteen is not a size")
+        if self.size == 14:
+            raise ConfigError(Problem("fourteen is taken", "sizes.txt", remedy="take fifteen"), Problem("and so is twelve"))
 
 
 class Plain:
@@ -138,11 +140,13 @@ def test_every_type_is_structured(plugins: Plugins, tmp_path: Path) -> None:
         ("token = 'file:/no/such/file'", "the file /no/such/file cannot be read: No such file"),
         ("token = 'env:NO_SUCH'", "the environment variable NO_SUCH is not set"),
         ("token = 'env:'", "is a secret"),
+        ("token = 'env:EMPTY'", "the environment variable EMPTY is empty"),
+        ("token = 'file:/dev/null'", "the file /dev/null is empty"),
         ("tokens = { a = 'hunter2' }", "tokens.a is a secret"),
     ],
 )
 def test_a_wrong_option_is_found(option: str, what: str, plugins: Plugins) -> None:
-    found = engine(option, plugins)
+    found = engine(option, plugins, {"EMPTY": ""})
     ((line, said),) = found
     assert what in said
     whole_table = option in ("size = 13", "low = 11")  # refused by the constructor, not by the option's own rule
@@ -181,6 +185,13 @@ def test_tables_of_presets_are_structured_by_the_same_rules() -> None:
     assert structure(Peer, {"host": "h"}) == Peer("h")
     with pytest.raises(ConfigError, match=r"preset 'x'.*must be a string"):
         structure(Peer, {"host": 1}, where="preset 'x'")
+
+
+def test_problems_that_a_constructor_found_keep_their_words_and_remedies(plugins: Plugins) -> None:
+    found = check(text='[[workers]]\n[workers.engine]\nuse = "rich"\nsize = 14', environ={}, plugins=plugins)
+    assert [(p.what, p.remedy) for p in found] == [
+        ("engine 'rich': sizes.txt: fourteen is taken", "take fifteen"), ("engine 'rich': and so is twelve", ""),
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------ secrets
