@@ -63,7 +63,7 @@ def about(command: str, targets: dict[str, Any]) -> dict[str, Any]:
     others = [phase["others_cores"] for target in targets.values() for phases in target["scenarios"].values() for phase in phases if phase.get("done")]
     return {
         "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "cpu": models[0] if models else platform.machine(), "kernel": platform.release(),
-        "python": platform.python_version(), "command": command, "others_cores": median(others) if others else 0.0,
+        "python": f"{platform.python_version()} ({sys.base_prefix}, {platform.python_compiler()})", "command": command, "others_cores": median(others) if others else 0.0,
     }
 
 
