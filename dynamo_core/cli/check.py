@@ -12,8 +12,10 @@ from dynamo_core.config import Config, Router, build, load, plugins_for
 from dynamo_core.config.origins import uses
 from dynamo_core.engines import Checks
 from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.frontend.certificates import unusable
 from dynamo_core.plugins import Component, Plugins
 from dynamo_core.routing.stack import build_stack
+from dynamo_core.transport.tls import PlaneTls, client_context
 
 
 def check(file: ConfigFile = None, /, *, set: Overrides = (), json: Json = False) -> int:
@@ -30,6 +32,7 @@ def check(file: ConfigFile = None, /, *, set: Overrides = (), json: Json = False
             except ConfigError as e:
                 problems += e.problems
         problems += _engines(config, plugins)
+        problems += _certificates(config, plugins)
     except ConfigError as e:
         problems += e.problems
     if json:
@@ -70,6 +73,17 @@ def _engines(config: Config, plugins: Plugins) -> Iterator[Problem]:
                 engine.check(config if worker.namespace is None else attrs.evolve(config, namespace=worker.namespace), plugins)
             except ConfigError as e:
                 yield from e.problems
+
+
+def _certificates(config: Config, plugins: Plugins) -> Iterator[Problem]:
+    if config.frontend.tls is not None:
+        yield from unusable(config.frontend.tls)
+    plane = build(config.request_plane, "request_plane", plugins)
+    if isinstance(tls := getattr(plane, "tls", None), PlaneTls):
+        try:
+            client_context(tls)
+        except ConfigError as e:
+            yield from e.problems
 
 
 def _summary(config: Config, routing: dict[str, dict[str, str]]) -> Iterator[str]:

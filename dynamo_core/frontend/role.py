@@ -17,6 +17,7 @@ from dynamo_core.config import build
 from dynamo_core.config.schema import Config, Status
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.frontend.app import App, create_app
+from dynamo_core.frontend.certificates import unusable
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.frontend.siblings import siblings
 from dynamo_core.observability import tracing
@@ -41,6 +42,8 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, 
     :param again: reads the configuration anew; SIGHUP has the routing stacks follow it.
     """
     settings = config.frontend
+    if settings.tls is not None and (problems := list(unusable(settings.tls))):
+        raise ConfigError(*problems)
     server: Any = build(settings.http_server, "http_server", plugins)
     tracing.setup("dynamo-frontend", config.observability.otlp_endpoint, config.observability.trace_ratio)
     registry = process_registry()

@@ -73,7 +73,8 @@ def _context(tls: PlaneTls, protocol: int) -> ssl.SSLContext:
         if tls.cert is not None:
             context.load_cert_chain(tls.cert, tls.key)
     except (OSError, ssl.SSLError) as e:
-        raise ConfigError(Problem(f"tls: {', '.join(str(path) for path in (tls.ca, tls.cert, tls.key) if path)}: {e}")) from e
+        raise ConfigError(Problem(f"tls: {', '.join(str(path) for path in (tls.ca, tls.cert, tls.key) if path)}: {getattr(e, 'reason', None) or e.strerror}",
+                                  remedy="ca, cert and key are PEM files, and the key is that of cert, not encrypted")) from e
     if protocol == ssl.PROTOCOL_TLS_SERVER and tls.require_client_cert:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
