@@ -14,29 +14,30 @@ LINGER = 1.0
 
 async def read_body(receive: Receive, *, limit: int, timeout: float) -> bytes | bytearray:
     """:raises BodyTooLarge: as soon as it is. :raises BodyTooSlow: not complete in `timeout` seconds. :raises Cancelled: the client left."""
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise Cancelled("the client left before its request was complete")
-    first: bytes = message.get("body", b"")
-    if len(first) > limit:
-        raise _too_large(limit)
-    if not message.get("more_body", False):
-        return first
-    body = bytearray(first)
     try:
         async with asyncio.timeout(timeout):
+            first, more = await _piece(receive, 0, limit)
+            if not more:
+                return first
+            body = bytearray(first)
             while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Cancelled("the client left before its request was complete")
-                more: bytes = message.get("body", b"")
-                if len(body) + len(more) > limit:
-                    raise _too_large(limit)
-                body += more
-                if not message.get("more_body", False):
+                piece, more = await _piece(receive, len(body), limit)
+                body += piece
+                if not more:
                     return body
     except TimeoutError:
         raise BodyTooSlow(f"the body was not complete after {timeout:g} s") from None
+
+
+async def _piece(receive: Receive, so_far: int, limit: int) -> tuple[bytes, bool]:
+    """The next bytes, and whether there are more."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise Cancelled("the client left before its request was complete")
+    piece: bytes = message.get("body", b"")
+    if so_far + len(piece) > limit:
+        raise BodyTooLarge(f"the body is larger than {limit} bytes, the limit of this server")
+    return piece, message.get("more_body", False)
 
 
 async def discard(receive: Receive) -> None:
@@ -46,6 +47,3 @@ async def discard(receive: Receive) -> None:
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             return
 
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limit} bytes, the limit of this server")

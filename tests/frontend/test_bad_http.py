@@ -146,3 +146,27 @@ async def test_expect_100_continue_is_honoured(each):
         writer.write(BODY)
         assert b"HTTP/1.1 200" in await reader.read()
     writer.close()
+
+
+async def test_a_client_that_sends_nothing_of_its_body_is_408(run):
+    async with run(config=Frontend(body_timeout=0.3)) as site:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(HEAD + b"content-length: 100\r\n\r\n")
+        async with asyncio.timeout(30):
+            assert b"408" in await reader.readline()
+        writer.close()
+        await site.settled()
+        assert site.finished[-1]["status"] == 408
+
+
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/live"])
+async def test_a_websocket_is_refused_or_answered_as_what_it_asks_for(each, path, caplog):
+    upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", each.port)
+    writer.write(b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")
+    async with asyncio.timeout(30):
+        status = (await reader.readline()).split()[1]
+    writer.close()
+    assert status in (b"200", b"403", b"405")
+    assert not [record for record in caplog.records if record.exc_info]
+    assert (await each.chat()).status_code == 200

@@ -27,7 +27,7 @@ _WAITING = 32 * 1024
 def chunked(scope: Any, send: Send) -> Send:
     """`send`, made cheaper for a request over HTTP/1.1; otherwise `send` itself."""
     stream = getattr(send, "__self__", None)
-    if scope["http_version"] != "1.1" or scope["method"] == "HEAD" or not isinstance(stream, HTTPStream):
+    if scope["type"] != "http" or scope["http_version"] != "1.1" or scope["method"] == "HEAD" or not isinstance(stream, HTTPStream):
         return send
     protocol = getattr(stream.send, "__self__", None)
     server = getattr(getattr(protocol, "send", None), "__self__", None)
