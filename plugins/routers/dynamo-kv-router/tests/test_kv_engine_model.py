@@ -10,7 +10,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.types import Instance
 from dynamo_kv_router.fit import Prices
-from dynamo_kv_router.load_facts import BACKLOG, CONTEXT, DECODE_MS, DECODING, OUTPUT_TOKENS, PREFILL_MS, SAMPLES
+from dynamo_kv_router.load_facts import BACKLOG, CONTEXT, DECODE_MS, DECODING, OUTPUT_TOKENS, PASS_MS, PREFILL_MS, SAMPLES
 from dynamo_kv_router.model import EngineModel
 
 INSTANCE = Instance(id=1, namespace="n", component="c", endpoint="e", address="a")
@@ -102,6 +102,37 @@ def test_prefill_and_decode_are_learned_from_what_is_seen(engine):
     assert column(engine, OUTPUT_TOKENS) == pytest.approx(48, rel=0.1)
     assert column(engine, SAMPLES) > 200
     assert column(engine, CONTEXT) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_prices_are_right_where_first_tokens_of_one_pass_come_one_after_the_other(engine, seed):
+    """As they do on a busy machine, and where other frontends tell of theirs."""
+    rng, number = random.Random(seed), 0
+    for _ in range(150):
+        jobs = {}
+        for _ in range(rng.randrange(1, 5)):
+            number += 1
+            jobs[f"{number}"] = prompt = rng.randrange(50, 4_000)
+            engine.booked(ask(f"{number}", prompt), W, 0)
+            engine.now += 0.001
+        names = rng.sample(sorted(jobs), len(jobs))
+        engine.now += (16 + 0.015 * sum(jobs.values())) / 1e3
+        for name in names:
+            engine.first_token(name, W, 0)
+            engine.now += rng.uniform(0, 0.002)
+        for name in names:
+            engine.finished(name, W, "done")
+        engine.now += rng.choice([0.0, 0.5])
+    assert column(engine, PREFILL_MS) == pytest.approx(0.015, rel=0.2)
+    assert column(engine, PASS_MS) == pytest.approx(16, rel=0.4)
+
+
+def test_requests_that_had_their_first_token_before_they_were_heard_of_teach_nothing(engine):
+    for i in range(50):
+        engine.booked(ask(f"{i}", 1000), W, 0)
+        engine.first_token(f"{i}", W, 0)
+        engine.now += 1.0
+    assert column(engine, SAMPLES) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -38,8 +38,11 @@ from dynamo_kv_router.load_facts import (
 PREFILL_GUESS = (15.0, 0.02, 5e-7)
 """Of an 8B model on a data-centre GPU; only the proportions matter, and only for the first requests."""
 DECODE_GUESS = (7.0, 0.05, 3e-5)
-TOGETHER = 0.0005
-"""Seconds within which first tokens came out of the same pass."""
+TOGETHER = 0.5
+"""Milliseconds that are no time at all: first tokens so close to each other came out of the same pass, and nothing is learned from them alone."""
+ALIKE = 0.2
+"""Share of what a prefill should cost; if it ends sooner after another one, the two shared a pass. News of one pass do not come all at once: this process
+has other work, and what other frontends sent there is heard of on another way."""
 
 
 class Fit:
@@ -86,13 +89,14 @@ class _Account:
     promised: float = 0.0
     """Milliseconds of prefill that waits in the router's queue for this worker."""
     free_at: float = 0.0
-    """When the prefill before the first of `waiting` ended."""
+    """When the last pass ended, as far as is known."""
     prefills: int = 0
     """Bookings so far, which tells whether decoding was left alone."""
     done: list[_Job] = attrs.field(factory=list)
-    """Prefills that ended in one pass, at `done_at`; a sample once the next pass has ended."""
-    done_at: float = 0.0
+    """Prefills that ended in the last pass; a sample once the next pass has ended."""
     done_from: float = 0.0
+    in_order: bool = False
+    """The oldest request that waited was among `done`, so that the pass worked for nobody else before."""
 
     def backlog(self, now: float) -> float:
         """Milliseconds of prefill still to do."""
@@ -157,20 +161,20 @@ class EngineModel:
 
     def _prefilled(self, account: _Account, job: _Job, now: float, *, in_order: bool) -> None:
         """A pass that ends several prefills is one sample, so that it waits until the pass is known to be over."""
-        if account.done and now - account.done_at <= TOGETHER:
+        alone = account.fit.prefill.estimate((1.0, job.uncached, job.pairs))
+        if job.booked < account.free_at and 1e3 * (now - account.free_at) <= max(TOGETHER, ALIKE * alone):
             account.done.append(job)
+            account.in_order = account.in_order or in_order
         else:
             self._learn_prefill(account)
-            account.done_from = max(job.booked, account.free_at)
-            account.done = [job] if in_order else []
-            account.done_at = now
+            account.done_from, account.done, account.in_order = max(job.booked, account.free_at), [job], in_order
         account.free_at = now
 
     def _learn_prefill(self, account: _Account) -> None:
-        jobs, account.done = account.done, []
-        if jobs and (spent := account.done_at - account.done_from) > 0:
+        jobs, spent = account.done, 1e3 * (account.free_at - account.done_from)
+        if account.in_order and spent > TOGETHER:
             # Prefills that share a pass share its fixed cost as well.
-            account.fit.prefill.learn((1.0, float(sum(j.uncached for j in jobs)), sum(j.pairs for j in jobs)), 1e3 * spent)
+            account.fit.prefill.learn((1.0, float(sum(j.uncached for j in jobs)), sum(j.pairs for j in jobs)), spent)
 
     def grew(self, request_id: str, worker: Worker, output_tokens: int) -> None:
         account = self._rows.get(worker)
