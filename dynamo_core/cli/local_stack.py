@@ -22,6 +22,9 @@ from dynamo_core.plugins import Plugins
 
 POLL = 0.1
 
+Health = dict[str, Any]
+"""What a worker's status endpoint says."""
+
 
 class LocalStack:
     """Use `LocalStack.open`; entered, every role was started, and `wait_ready` says when it serves."""
@@ -32,6 +35,8 @@ class LocalStack:
         self._discovery = discovery
         self._ready: set[int] = set()
         """Process ids of frontends that have every worker."""
+        self._headless = 0
+        """Ready workers of the frontend's namespace that offer no model: parts of an engine whose head is another process, which no frontend sees."""
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -71,7 +76,7 @@ class LocalStack:
     @property
     def wanted(self) -> int:
         """Workers that the frontend of the file must see."""
-        return sum(worker.count for worker in self.config.workers if worker.namespace in (None, self.config.namespace))
+        return sum(worker.count for worker in self.config.workers if worker.namespace in (None, self.config.namespace)) - self._headless
 
     async def status_urls(self, role: str, namespace: str | None = None) -> list[str]:
         """Status endpoints of the processes of a role, from discovery."""
@@ -79,11 +84,12 @@ class LocalStack:
             return sorted(value.decode() for value in (await self._discovery.items(f"v1/status/{namespace or self.config.namespace}/{role}/")).values())
         return []
 
-    async def _missing_elsewhere(self) -> int:
+    async def _missing_elsewhere(self, healths: Sequence[tuple[str, Health]]) -> int:
         """Workers in other namespaces than the frontend's, which are not registered yet: they register when they are ready."""
         missing = 0
         for namespace, name in {(w.namespace, w.name) for w in self.config.workers if w.namespace not in (None, self.config.namespace)}:
             wanted = sum(w.count for w in self.config.workers if (w.namespace, w.name) == (namespace, name))
+            wanted -= sum(_headless(health) for where, health in healths if (where, health.get("role")) == (namespace, name))
             with contextlib.suppress(DynamoError):
                 missing += max(0, wanted - len(await self._discovery.items(f"v1/instances/{namespace}/{name}/generate/")))
         return missing
@@ -114,7 +120,9 @@ class LocalStack:
         urls = await self.status_urls("frontend")
         if not urls:
             return "", f"starting the frontend{'s' if processes > 1 else ''}", False
-        if missing := await self._missing_elsewhere():
+        healths = await self._healths(client)
+        self._headless = sum(_headless(health) for where, health in healths if where == self.config.namespace)
+        if missing := await self._missing_elsewhere(healths):
             return urls[0], f"{missing} workers of other namespaces are not ready", False
         proven = 0
         # Processes that share one address answer in no order: each question is a connection of its own, until every one of them has said it.
@@ -132,15 +140,18 @@ class LocalStack:
             return urls[0], "ready", True
         if proven >= self.wanted:
             return urls[0], f"{len(self._ready)} of {processes} frontends ready", False
-        phases = await self._phases(client)
+        phases = dict.fromkeys(phase for _, health in healths if (phase := health.get("problems", {}).get("starting")))
         return urls[0], f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(phases)})" if phases else ""), False
 
-    async def _phases(self, client: httpx.AsyncClient) -> list[str]:
-        found: list[str] = []
+    async def _healths(self, client: httpx.AsyncClient) -> list[tuple[str, Health]]:
+        """Namespace, and what the worker says of itself, for each that answers."""
+        found: list[tuple[str, Health]] = []
         for name, namespace in sorted({(worker.name, worker.namespace or self.config.namespace) for worker in self.config.workers}):
             for url in await self.status_urls(name, namespace):
                 with contextlib.suppress(httpx.HTTPError, ValueError):
-                    phase = (await client.get(f"{url}/health")).json().get("problems", {}).get("starting")
-                    if phase and phase not in found:
-                        found.append(phase)
+                    found.append((namespace, (await client.get(f"{url}/health")).json()))
         return found
+
+
+def _headless(health: Health) -> bool:
+    return health.get("status") != "unready" and health.get("models") == []

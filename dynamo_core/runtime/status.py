@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,17 +25,22 @@ Control = Callable[[str | None, Mapping[str, Any]], Awaitable[Any]]
 
 
 def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: CollectorRegistry, control: Control | None = None,
-               more_metrics: Callable[[], bytes] | None = None, degraded: Callable[[], Mapping[str, str]] | None = None) -> Starlette:
+               more_metrics: Callable[[], bytes] | None = None, degraded: Callable[[], Mapping[str, str]] | None = None,
+               models: Callable[[], Sequence[str] | None] | None = None) -> Starlette:
     """:param problems: named degraded states; any makes `/health` 503. :param control: runs an operator's action.
 
     :param more_metrics: series of the engine, in Prometheus' text format. :param degraded: named states of the engine, in which it serves all the same.
+    :param models: what may be asked of this process, by name; `None` while nothing may.
     """
 
     async def health(_: Request) -> Response:
         found = problems()
         lesser = degraded() if degraded is not None else {}
         status = "unready" if found else "degraded" if lesser else "ready"
-        return _json({"status": status, "role": role, "problems": {**lesser, **found}}, 503 if found else 200)
+        answer: dict[str, Any] = {"status": status, "role": role, "problems": {**lesser, **found}}
+        if models is not None:
+            answer["models"] = models()
+        return _json(answer, 503 if found else 200)
 
     async def live(_: Request) -> Response:
         return _json({"status": "live", "role": role})

@@ -122,9 +122,7 @@ class Worker:
     async def _show(self) -> None:
         """Bring discovery in line with what is offered."""
         async with self._showing:
-            assert self.card is not None
-            cards = (self.card,) if self._offered is None else map(self._as_configured, self._offered)
-            wanted = {names.generate(card.adapter): card for card in cards} if self._visible else {}
+            wanted = {names.generate(card.adapter): card for card in self.models() or ()}
             for endpoint in self._shown.keys() - wanted.keys():
                 await self.runtime.withdraw(self.settings.name, endpoint)
                 del self._shown[endpoint]
@@ -132,6 +130,12 @@ class Worker:
                 if self._shown.get(endpoint) != card:
                     await self.runtime.announce(self.settings.name, endpoint, msgspec.json.encode(card))
                     self._shown[endpoint] = card
+
+    def models(self) -> Sequence[ModelCard] | None:
+        """What may be asked of this worker: nothing where another node has the head. `None` before it is ready, and when it has left."""
+        if not self._visible or self.card is None:
+            return None
+        return [self.card] if self._offered is None else [self._as_configured(card) for card in self._offered]
 
     def _progress(self, phase: str, fraction: float | None) -> None:
         if phase != self.phase[0]:

@@ -53,7 +53,8 @@ async def serve_worker(config: Config, settings: Settings, plugins: Plugins, sto
             if not config.status.enabled:
                 return await _serve(worker, stop)
             app = status_app(settings.name, worker.problems, registry, worker.control, engine.metrics if isinstance(engine, HasMetrics) else None,
-                             engine.problems if isinstance(engine, Reports) else None)
+                             engine.problems if isinstance(engine, Reports) else None,
+                             lambda: None if (cards := worker.models()) is None else [card.name for card in cards])
             async with contextlib.AsyncExitStack() as exits:
                 try:
                     url = await exits.enter_async_context(serve_status(config.status, app))
