@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+import time
+from collections import deque
 from pathlib import Path
 from typing import IO
 
@@ -14,73 +15,90 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 4096
 """Decisions that may wait to be written; more are dropped, and counted."""
+_EVERY = 1.0
+"""Seconds between two looks at what can be written."""
 
 
 class Recorder:
-    """`path` is the newest file, `path.1` ... the older ones. A decision is written some time after it was made, so that its outcome is mostly in it."""
+    """`path` is the newest file, `path.1` ... the older ones. A decision is written once its outcome is known, or is not to be waited for any longer."""
 
-    def __init__(self, path: Path, *, max_bytes: int = 64 * 2**20, files: int = 2, lag: int = 256) -> None:
-        """:param max_bytes: of one file. :param files: how many to keep. :param lag: decisions that are held back until their outcome is known."""
+    def __init__(self, path: Path, *, max_bytes: int = 64 * 2**20, files: int = 2, lag: int = 256, patience: float = 30.0) -> None:
+        """:param max_bytes: of one file. :param files: how many to keep.
+
+        :param lag: decisions that may wait for their outcome. :param patience: seconds for which they do.
+        """
         self.path = path
         self.dropped = 0
         self._max_bytes = max_bytes
         self._files = max(1, files)
         self._lag = lag
-        self._held: list[Decision] = []
-        self._queue: queue.Queue[list[Decision] | None] = queue.Queue()
-        self._waiting = 0
+        self._patience = patience
+        self._held: deque[Decision] = deque()
+        """Appended to by the event loop, emptied by the thread."""
+        self._due = threading.Event()
+        self._closing = False
         self._problem = ""
-        self._thread = threading.Thread(target=self._write, name="decision recorder", daemon=True)
+        self._file: IO[bytes] | None = None
+        self._thread = threading.Thread(target=self._run, name="decision recorder", daemon=True)
         self._thread.start()
 
     def record(self, decision: Decision) -> None:
         """Keep it to be written. Costs one append."""
-        self._held.append(decision)
-        if len(self._held) >= 2 * self._lag:
-            self._hand_over(self._lag)
+        held = self._held
+        if len(held) >= _BACKLOG:
+            self.dropped += 1
+            return
+        held.append(decision)
+        if len(held) > 2 * self._lag and not self._due.is_set():
+            self._due.set()
 
     def close(self) -> None:
         """Write what is left."""
-        self._hand_over(0)
-        self._queue.put(None)
+        self._closing = True
+        self._due.set()
         self._thread.join(timeout=10.0)
 
     def problem(self) -> str:
         """What keeps decisions from being written; empty when nothing does."""
         return self._problem
 
-    def _hand_over(self, keep: int) -> None:
-        count = len(self._held) - keep
-        batch, self._held = self._held[:count], self._held[count:]
-        if self._queue.qsize() * self._lag > _BACKLOG:
-            self.dropped += len(batch)
-        else:
-            self._queue.put(batch)
+    def _run(self) -> None:
+        while not self._closing:
+            self._due.wait(_EVERY)
+            self._due.clear()
+            self._write(self._ready())
+        self._write(list(self._held))
+        if self._file is not None:
+            self._file.close()
 
-    def _write(self) -> None:
-        file: IO[bytes] | None = None
-        while (batch := self._queue.get()) is not None:
-            try:
-                for decision in batch:
-                    if file is None:
-                        self.path.parent.mkdir(parents=True, exist_ok=True)
-                        file = self.path.open("ab")
-                    file.write(decision.to_json().encode() + b"\n")
-                    if file.tell() >= self._max_bytes:
-                        file.close()
-                        file = None
-                        self._rotate()
-                if file is not None:
-                    file.flush()
-                self._problem = ""
-            except OSError as e:
-                if not self._problem:
-                    log.error("decisions cannot be recorded: %s", e)
-                self._problem = f"decisions cannot be recorded: {e}"
-                self.dropped += len(batch)
-                file = None
-        if file is not None:
-            file.close()
+    def _ready(self) -> list[Decision]:
+        held, ready, late = self._held, list[Decision](), time.time() - self._patience
+        while held and (len(held) > self._lag or _is_settled(held[0]) or held[0].time < late):
+            ready.append(held.popleft())
+        return ready
+
+    def _write(self, batch: list[Decision]) -> None:
+        if not batch:
+            return
+        try:
+            for decision in batch:
+                if self._file is None:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = self.path.open("ab")
+                self._file.write(decision.to_json().encode() + b"\n")
+                if self._file.tell() >= self._max_bytes:
+                    self._file.close()
+                    self._file = None
+                    self._rotate()
+            if self._file is not None:
+                self._file.flush()
+            self._problem = ""
+        except OSError as e:
+            if not self._problem:
+                log.error("decisions cannot be recorded: %s", e)
+            self._problem = f"decisions cannot be recorded: {e}"
+            self.dropped += len(batch)
+            self._file = None
 
     def _rotate(self) -> None:
         for i in range(self._files - 1, 0, -1):
@@ -90,3 +108,8 @@ class Recorder:
                 newer.replace(older)
         if self._files == 1:
             self.path.unlink(missing_ok=True)
+
+
+def _is_settled(decision: Decision) -> bool:
+    """Nothing will be added to it."""
+    return bool(decision.outcome) or decision.worker is None or decision.dry_run
