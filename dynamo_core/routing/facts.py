@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from dynamo_core.routing.contract import Fact
 
+AGE_SUFFIX = "_age"
+"""Facts with such a name say how old others are, in seconds; `dynamo explain` shows them."""
+PROBLEM_SUFFIX = "_problem"
+"""Facts with such a name say what is wrong with what is known of a worker, empty when nothing is; `dynamo explain` shows it."""
+
 # ------------------------------------------------------------------ provided by `fleet`: who is there
 
 INHIBITED: Fact[float] = Fact("worker.inhibited", float, "s", "Seconds for which the worker is still avoided after a failure; 0 when it is not.")

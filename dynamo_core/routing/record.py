@@ -126,11 +126,26 @@ class Decision:
             about.append(f"waited     {self.waited:.3f} s in the router's queue")
         if (wanted := _hints(request)) != "":
             about.append(f"hints      {wanted}")
-        if ages := [age for age in self.columns.get(known.ENGINE_REPORT_AGE, ()) if math.isfinite(age)]:
-            silent = len(self.workers) - len(ages)
-            about.append(f"reports    {min(ages):.1f} to {max(ages):.1f} s old" + (f"; {silent} engines never reported" if silent else ""))
+        about += self._ages()
+        about += [f"degraded   {who}: {what}" for who, what in self._problems(names)]
         about += [f"skipped    {policy}: {what}" for policy, what in self.faults]
         return "\n".join([*about, "", *self._table(names)]).rstrip()
+
+    def _ages(self) -> list[str]:
+        """Of everything that was known by hearsay."""
+        lines: list[str] = []
+        for fact, column in self.columns.items():
+            if fact.name.endswith(known.AGE_SUFFIX):
+                ages = [float(age) for age in column if math.isfinite(age)]
+                silent = len(column) - len(ages)
+                parts = [f"{min(ages):.1f} to {max(ages):.1f} s"] if ages else []
+                parts += [f"{silent} of {len(column)} workers said nothing"] if silent else []
+                lines.append(f"age        {fact.name}: {', '.join(parts)}")
+        return lines
+
+    def _problems(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        columns = [column for fact, column in self.columns.items() if fact.name.endswith(known.PROBLEM_SUFFIX)]
+        return [(name, str(what)) for column in columns for name, what in zip(names, column, strict=True) if what]
 
     def _how_true(self) -> str:
         """What was believed of the worker's cache, beside what its engine said."""

@@ -132,7 +132,7 @@ def test_a_rendered_decision_shows_every_candidate_reason_author_margin_and_stac
     assert "chosen     front-row  margin +2" in text
     assert f"stack      {stack.hash}  generation 4" in text
     assert "served by  a-2, done" in text
-    assert "reports    0.5 to 2.0 s old; 1 engines never reported" in text
+    assert "age        engine.report_age: 0.5 to 2.0 s, 1 of 3 workers said nothing" in text
     assert "skipped    sneaky: ZeroDivisionError: division by zero" in text
     assert lines[-4:] == [
         "  worker     total  2 x load",
@@ -219,6 +219,14 @@ def test_a_record_says_what_was_predicted_of_the_cache_and_what_was_found(found,
     again = Decision.from_json(decision.to_json())
     assert (again.overlap_tokens, again.cached_tokens) == (32, found)
     assert "cache " not in attrs.evolve(decision, columns={}, cached_tokens=None).render()
+
+
+def test_a_record_tells_the_age_of_what_any_provider_heard_and_what_is_wrong_with_it():
+    columns = {Fact("acme.index_age", float, "s"): (0.25, math.inf), Fact("acme.index_problem", str): ("", "it has been silent for 5 s")}
+    decision = record(Stack(), Case(RoutingRequest("r", "m", prompt_tokens=40), (Worker(1), Worker(2)), columns, ()), 1)
+    for lines in (decision.render().splitlines(), Decision.from_json(decision.to_json()).render().splitlines()):
+        assert "age        acme.index_age: 0.2 to 0.2 s, 1 of 2 workers said nothing" in lines
+        assert f"degraded   {decision.labels[1]}: it has been silent for 5 s" in lines
 
 
 class ByOverlap:
