@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_core.cli import main
 from dynamo_core.config import load_with_plugins
 from dynamo_core.contracts import ScorerContract
 from dynamo_core.plugins import Plugins
@@ -40,6 +41,14 @@ def test_the_table_names_every_component_that_is_built_in() -> None:
     for kind, row in rows.items():
         missing = [c.name for c in Plugins.load().of_kind(kind).values() if c.plugin.name == "builtin" and f"`{c.name}`" not in row]
         assert missing == [], f"{kind}: {missing}"
+
+
+def test_the_folder_that_the_readme_installs_is_the_one_that_the_command_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = re.search(r"`dynamo (plugin new scorer \S+)`.*?`pip install \./(\S+)`", README, re.S)
+    assert found is not None
+    monkeypatch.chdir(tmp_path)
+    assert main(found[1].split()) == 0
+    assert (tmp_path / found[2] / "pyproject.toml").exists()
 
 
 def test_every_link_of_the_documentation_leads_somewhere() -> None:
