@@ -182,7 +182,7 @@ class FleetCatalog:
     def problems(self) -> dict[str, str]:
         """Named degraded states; empty when all is well."""
         refused = {f"worker {id & 0xFFFFFF:06x}": why for (id, _), why in self._refused.items()}
-        sources = (self._runtime, self._watch, self._partings, self._feeds, self._attachments)
+        sources = (self._runtime, self._watch, self._partings, self._feeds, self._attachments, self.stacks, *filter(None, (self._replicas,)))
         return {name: problem for source in sources for name, problem in source.problems().items()} | refused
 
     # -------------------------------------------------------------- what discovery says

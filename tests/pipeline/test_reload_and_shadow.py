@@ -88,3 +88,24 @@ async def test_the_record_file_is_bounded(tmp_path: Path):
     files = sorted(tmp_path.iterdir())
     assert {f.name for f in files} <= {"d.jsonl", "d.jsonl.1"}
     assert all(f.stat().st_size < 4096 + 4000 for f in files)
+
+
+async def test_decisions_that_cannot_be_recorded_are_a_named_problem(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("round-robin"), record=tmp_path / "file" / "d.jsonl")) as cluster:
+        await ask(cluster, 1)
+        async with asyncio.timeout(20):
+            while not cluster.catalog.problems():
+                await asyncio.sleep(0.05)
+        assert "cannot be recorded" in cluster.catalog.problems()["decision records"]
+
+
+async def test_a_shadow_that_was_stopped_is_a_named_problem():
+    router = Router(use=Use("round-robin"), shadow=Router(use=Use("random")), shadow_budget=1e-9)
+    async with Cluster.up(workers=2, engine="echo", router=router) as cluster:
+        async with asyncio.timeout(20):
+            while not cluster.catalog.problems():
+                await ask(cluster, 4)
+        ((name, why),) = cluster.catalog.problems().items()
+        assert name == f"shadow stack of {cluster.model.name}/aggregated"
+        assert why
