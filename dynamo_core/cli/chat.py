@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from dynamo_core.cli.http import connect, get, refusal, unreachable
-from dynamo_core.cli.options import Url
+from dynamo_core.cli.options import Key, Url
 from dynamo_core.errors import Unavailable
 
 Message = dict[str, str]
@@ -24,11 +24,12 @@ def chat(
     *,
     url: Url = "http://127.0.0.1:8000",
     model: Annotated[str | None, Parameter(name="--model", help="Default: the only model that is served.", show_default=False)] = None,
+    key: Key = None,
     max_tokens: Annotated[int, Parameter(name="--max-tokens")] = 512,
 ) -> None:
     """Talk to a model; answers are shown as they come, with the time to the first token and the speed."""
     console = Console(highlight=False)
-    with connect(url, timeout=600.0) as client:
+    with connect(url, timeout=600.0, key=key) as client:
         model = model or _only_model(client)
         if prompt is not None:
             _ask(client, console, model, [{"role": "user", "content": prompt}], max_tokens)

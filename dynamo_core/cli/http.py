@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import attrs
 import httpx
 
+from dynamo_core.config import Secret, structure
 from dynamo_core.errors import Unavailable
 
 
-def connect(url: str, *, timeout: float) -> httpx.Client:
-    """A client of the frontend at `url`. :raises Unavailable: that is no URL."""
+@attrs.frozen
+class _Caller:
+    key: Secret | None
+
+
+def connect(url: str, *, timeout: float, key: str | None = None) -> httpx.Client:
+    """A client of the frontend at `url`. :raises Unavailable: that is no URL. :raises ConfigError: `key` is no reference to a secret."""
+    secret = structure(_Caller, {"key": key}, where="--key").key
+    headers = {"authorization": f"Bearer {secret}"} if secret else {}
     try:
-        return httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=5.0))
+        return httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=5.0), headers=headers)
     except (httpx.InvalidURL, ValueError) as e:
         raise Unavailable(f"{url!r} is not a URL: {e}") from e
 

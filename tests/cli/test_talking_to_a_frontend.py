@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ class Frontend(ThreadingHTTPServer):
         self.roots: dict[str, str] = {}
         self.asked: list[dict[str, Any]] = []
         self.fail_midway = False
+        self.key: str | None = None
+        """Asked for, if there is one."""
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -32,7 +35,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def locked(self) -> bool:
+        if self.server.key is None or self.headers["authorization"] == f"Bearer {self.server.key}":
+            return False
+        self.answer(401, {"error": {"message": "who are you?", "type": "authentication_error"}})
+        return True
+
     def do_GET(self) -> None:
+        if self.locked():
+            return
         if self.path == "/v1/models":
             self.answer(200, {"object": "list", "data": [{"id": name, "root": self.server.roots.get(name, name)} for name in self.server.models]})
         elif self.path == "/debug/decisions/req%2F1":
@@ -42,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.locked():
+            return
         self.server.asked.append(body)
         if body["model"] != "small":
             self.answer(404, {"error": {"message": f"there is no model {body['model']}", "type": "invalid_request_error"}})
@@ -148,3 +161,20 @@ def test_errors_before_and_after_the_first_token_are_exit_1(frontend: Frontend, 
     captured = capsys.readouterr()
     assert "Hello" in captured.out
     assert "the worker is gone" in captured.err
+
+
+@pytest.mark.parametrize(("words", "said"), [(["chat", "hi"], "first token after"), (["explain", "req/1"], "request req/1 -> w1")])
+def test_a_key_opens_a_frontend_that_wants_one(words: list[str], said: str, frontend: Frontend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    frontend.key = "dk_1"
+    assert main([*words, "--url", frontend.url]) == 1
+    assert "who are you?" in capsys.readouterr().err
+    monkeypatch.setenv("KEY", "dk_1")
+    (tmp_path / "key").write_text("dk_1\n")
+    for key in ("env:KEY", f"file:{tmp_path}/key"):
+        assert main([*words, "--url", frontend.url, "--key", key]) == 0
+        assert said in capsys.readouterr().out
+    assert main([*words, "--url", frontend.url, "--key", "dk_1"]) == 2
+    err = capsys.readouterr().err
+    assert "--key: " in err
+    assert "dk_1" not in err
