@@ -12,6 +12,7 @@ from dynamo_core.cli.options import ConfigFile, Overrides
 from dynamo_core.cli.supervisor import Child, Supervisor
 from dynamo_core.config import load, load_with_plugins
 from dynamo_core.config.schema import Config
+from dynamo_core.config.tree import Key
 from dynamo_core.frontend.servers.sockets import reserved_port
 from dynamo_core.frontend.siblings import meeting_place
 
@@ -31,12 +32,17 @@ def frontend(
 
     if port is not None:
         overrides = (*overrides, f"frontend.port={port}")
-    config, plugins = load_with_plugins(file, overrides=overrides)
+    config, plugins = load_with_plugins(file, overrides=overrides, foreign=_foreign)
     logs.setup(config.observability.log_level, config.observability.log_format, role="frontend")
     if config.frontend.processes > 1 and not single:
         arguments = ["frontend", *([str(file)] if file else []), *(f"--set={override}" for override in overrides), "--single"]
         return run_role(lambda stop: _several(config, arguments, stop))
-    return run_role(lambda stop: serve_frontend(config, plugins, stop, lambda: load(file, overrides=overrides, plugins=plugins)))
+    return run_role(lambda stop: serve_frontend(config, plugins, stop, lambda: load(file, overrides=overrides, plugins=plugins, foreign=_foreign)))
+
+
+def _foreign(at: Key) -> bool:
+    """Engines and planners run elsewhere."""
+    return at[0] in ("workers", "planner")
 
 
 async def _several(config: Config, arguments: list[str], stop: asyncio.Event) -> int:

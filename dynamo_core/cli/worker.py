@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from dynamo_core.cli.options import ConfigFile, Overrides
 from dynamo_core.config import Use, Worker, load_with_plugins
 from dynamo_core.config.schema import Config
+from dynamo_core.config.tree import Key
 from dynamo_core.errors import ConfigError, Problem
 
 
@@ -22,7 +23,12 @@ def worker(
     from dynamo_core.runtime.process import run_role
     from dynamo_core.runtime.worker_role import serve_worker
 
-    config, plugins = load_with_plugins(file, overrides=overrides)
+    ours = (index or 0) if engine is None else None  # an engine that is named here is checked when it is built
+
+    def foreign(at: Key) -> bool:
+        return at[0] in ("frontend", "router", "around", "planner") or (at[0] == "workers" and at[1] != ours)
+
+    config, plugins = load_with_plugins(file, overrides=overrides, foreign=foreign)
     settings = _settings(config, engine, index)
     logs.setup(config.observability.log_level, config.observability.log_format, role=settings.name)
     return run_role(lambda stop: serve_worker(config, settings, plugins, stop))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,25 +22,31 @@ from dynamo_core.plugins import Plugins
 T = TypeVar("T")
 
 
+def _nothing(at: Key) -> bool:
+    """Every place is for this process."""
+    return False
+
+
 def load(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ,
-         plugins: Plugins | None = None) -> Config:
+         plugins: Plugins | None = None, foreign: Callable[[Key], bool] = _nothing) -> Config:
     """Read, layer and check a configuration. `text` stands for the content of `path`; without both, `DYNAMO_CONFIG` names the file.
 
-    With `plugins`, each component that is used is imported and its options are checked.
+    With `plugins`, each component that is used is imported and its options are checked: but not where `foreign` says that a place, such as
+    `("workers", 0, "engine")`, is for processes of another role. Their plugins need not be installed here, and their secrets (empty) not be readable.
 
     :raises ConfigError: with every problem at once.
     """
-    return resolve(path, text=text, overrides=overrides, environ=environ, plugins=plugins)[0]
+    return resolve(path, text=text, overrides=overrides, environ=environ, plugins=plugins, foreign=foreign)[0]
 
 
 def load_with_plugins(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (),
-                      environ: Mapping[str, str] = os.environ) -> tuple[Config, Plugins]:
+                      environ: Mapping[str, str] = os.environ, foreign: Callable[[Key], bool] = _nothing) -> tuple[Config, Plugins]:
     """What a process does at start: the plugins, less those that the configuration itself turns off, and the configuration checked against them.
 
     :raises ConfigError: with every problem at once.
     """
     plugins = plugins_for(path, text=text, overrides=overrides, environ=environ)
-    return load(path, text=text, overrides=overrides, environ=environ, plugins=plugins), plugins
+    return load(path, text=text, overrides=overrides, environ=environ, plugins=plugins, foreign=foreign), plugins
 
 
 def plugins_for(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Plugins:
@@ -61,10 +67,11 @@ def check(path: Path | None = None, *, text: str | None = None, overrides: Seque
     return []
 
 
-def resolve(path: Path | None, *, text: str | None, overrides: Sequence[str], environ: Mapping[str, str], plugins: Plugins | None) -> tuple[Config, Tree]:
+def resolve(path: Path | None, *, text: str | None, overrides: Sequence[str], environ: Mapping[str, str], plugins: Plugins | None,
+            foreign: Callable[[Key], bool] = _nothing) -> tuple[Config, Tree]:
     """The configuration, and the tree that says where each of its values was written."""
     tree, problems = _layered(path, text, overrides, environ)
-    structurer = Structurer(tree.marks, plugins, environ)
+    structurer = Structurer(tree.marks, plugins, environ, foreign)
     structurer.problems.extend(problems)
     try:
         config: Config = structurer.table(Config, tree.data, ())

@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -37,10 +37,13 @@ class Bad(Exception):
 class Structurer:
     """One pass over data. `problems` collects what is wrong; `secrets` what must not be shown."""
 
-    def __init__(self, marks: Mapping[Key, Origin], plugins: Plugins | None = None, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, marks: Mapping[Key, Origin], plugins: Plugins | None = None, environ: Mapping[str, str] = os.environ,
+                 foreign: Callable[[Key], bool] = lambda at: False) -> None:
         self.marks = marks
         self.plugins = plugins
         self.environ = environ
+        self.foreign = foreign
+        """Which places are for processes of another role, whose plugins and secrets this machine need not have."""
         self.problems: list[Problem] = []
         self._literals: set[str] = set()
 
@@ -203,7 +206,7 @@ class Structurer:
         if len(rest) == 1:
             return self.value(rest[0], raw, at, metadata, default=default)
         for arg in rest:
-            attempt = Structurer(self.marks, self.plugins, self.environ)
+            attempt = Structurer(self.marks, self.plugins, self.environ, self.foreign)
             try:
                 return attempt.value(arg, raw, at, metadata, default=default)
             except Bad:
@@ -274,7 +277,7 @@ class Structurer:
         marks = {key[len(at) :]: mark for key, mark in self.marks.items() if key[: len(at)] == at}
         marks.setdefault((), origin)
         chosen = Use(name, options, origin.where, weight, marks)
-        if self.plugins is not None and kind:
+        if self.plugins is not None and kind and not self.foreign(at):
             try:
                 self.component(chosen, kind, at, self.plugins)
             except Bad:
@@ -305,6 +308,8 @@ class Structurer:
 
     def secret(self, raw: Any, at: Key) -> Secret:
         scheme, _, rest = raw.partition(":") if isinstance(raw, str) else ("", "", "")
+        if self.foreign(at) and scheme in ("env", "file") and rest:
+            return Secret("", str(raw))
         if scheme == "env" and rest:
             if (found := self.environ.get(rest)) is None:
                 raise self.bad(at, f"{dotted(at)}: the environment variable {rest} is not set")
