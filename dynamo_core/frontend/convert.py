@@ -84,6 +84,7 @@ def convert(
     if body.logit_bias:
         _check_vocabulary(card, body.logit_bias, "logit_bias")
     strings, ids = _stop(body)
+    _check_vocabulary(card, ids, "stop_token_ids")
     return Wanted(
         sampling=_sampling(body, card, n),
         stops=Stops(max_tokens=max_tokens, min_tokens=body.min_tokens or 0, stop_token_ids=ids, ignore_eos=bool(body.ignore_eos)),

@@ -36,6 +36,8 @@ for _ in range(70):
         ({"logit_bias": {"x": 1}}, "logit_bias", "a key is wrong"),
         ({"logit_bias": {"1000": 1}}, "logit_bias", "is not a token id"),
         ({"logit_bias": {"9" * 30: 1}}, "logit_bias", "is not a token id"),
+        ({"stop_token_ids": [1000]}, "stop_token_ids", "1000 is not a token id"),
+        ({"stop": [7, 1000]}, "stop_token_ids", "1000 is not a token id"),
         ({"top_logprobs": 3}, "top_logprobs", "needs `logprobs`"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "<= 20"),
         ({"stop": ""}, "stop", "length >= 1"),
