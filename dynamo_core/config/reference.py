@@ -31,7 +31,7 @@ contradict each other are errors, all reported at once. `dynamo check FILE` repo
 `dynamo config show --origin FILE` shows where each value comes from.
 
 A setting that chooses a component is its name (`discovery = "file"`) or a table with `use` and the component's own options
-(`discovery = { use = "file", root = "/shared" }`). `dynamo plugins` lists what there is. Seconds are numbers, or strings such as `"500ms"` and `"10m"`.
+(`discovery = { use = "file", path = "/shared" }`). `dynamo plugins` lists what there is. Seconds are numbers, or strings such as `"500ms"` and `"10m"`.
 A secret is written as `"file:/path"` or `"env:NAME"`; it never stands in the file itself, and is never printed.
 
 `dynamo frontend` and `dynamo worker` need the plugins and the secrets of their own part alone, so that one file serves machines that have different ones.
