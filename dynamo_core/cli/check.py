@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import difflib
 import json as jsonlib
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dynamo_core.config.origins import uses
 from dynamo_core.engines import Checks
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.frontend.certificates import unusable
-from dynamo_core.plugins import Component, Plugins
+from dynamo_core.plugins import Plugins
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.transport.tls import PlaneTls, client_context
 
@@ -42,11 +43,8 @@ def check(file: ConfigFile = None, /, *, set: Overrides = (), json: Json = False
         print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}", file=sys.stderr)
     elif config is not None:
         print("\n".join(_summary(config, routing)))
-        for component in _deprecated(config, plugins):
-            about = component.deprecated
-            assert about is not None
-            what = f"{component.kind} {component.name!r} is deprecated since {about.since} and leaves in {about.removal}; use {about.use!r}"
-            print(f"warning: {what}", file=sys.stderr)
+        for warning in _warnings(config, plugins):
+            print(f"warning: {warning}", file=sys.stderr)
     return 2 if problems else 0
 
 
@@ -97,8 +95,16 @@ def _summary(config: Config, routing: dict[str, dict[str, str]]) -> Iterator[str
             yield f"  {table:<9} needs {fact}, from {provider}"
 
 
-def _deprecated(config: Config, plugins: Plugins) -> Iterator[Component]:
+def _warnings(config: Config, plugins: Plugins) -> Iterator[str]:
+    """What is no mistake everywhere, and probably one here."""
     for kind, use in uses(config):
         component = plugins.components.get((kind, use.name))
-        if component is not None and component.deprecated is not None:
-            yield component
+        if component is not None and (about := component.deprecated) is not None:
+            yield f"{component.kind} {component.name!r} is deprecated since {about.since} and leaves in {about.removal}; use {about.use!r}"
+    installed = {name for plugin in plugins.plugins for name in (plugin.name, plugin.distribution) if name}
+    for name in sorted(set(config.plugins.disabled) - installed):
+        close = difflib.get_close_matches(name, installed, 1)
+        yield f"plugins.disabled: no plugin {name!r} is installed" + (f"; did you mean {close[0]!r}?" if close else "")
+    for kind, use in (("discovery", config.discovery), ("request_plane", config.request_plane), ("event_plane", config.event_plane)):
+        if use.name in ("memory", "in-process"):
+            yield f"{kind} {use.name!r} stays inside one process: `dynamo up`, `dynamo frontend` and `dynamo worker` are several"

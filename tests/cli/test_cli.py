@@ -182,6 +182,14 @@ def test_check_reports_everything_at_once(stack: Path, capsys: pytest.CaptureFix
     assert captured.err.endswith("3 problems\n")
 
 
+def test_check_warns_of_what_is_probably_a_mistake(stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(stack), "--set", 'plugins.disabled=["dynamo-sym", "sim"]', "--set", "discovery=memory"]) == 0
+    err = capsys.readouterr().err
+    assert "warning: plugins.disabled: no plugin 'dynamo-sym' is installed; did you mean 'dynamo-sim'?" in err
+    assert "warning: discovery 'memory' stays inside one process" in err
+    assert err.count("warning") == 2
+
+
 def test_check_as_json(stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(stack), "--json"]) == 0
     good = json.loads(capsys.readouterr().out)
