@@ -10,6 +10,7 @@ import pytest
 from dynamo_core.cards import ModelCard
 from dynamo_core.engines.contract import BlocksCleared, BlocksRemoved, BlocksStored
 from dynamo_core.kv.hashing import Hasher, digest_of
+from dynamo_core.kv.wire import News, encode
 from dynamo_core.routing.contract import Attached, FactProvider, FollowsEvents, FollowsFleet, FollowsRequests, Reports, RoutingRequest, Worker
 from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.types import Instance
@@ -197,3 +198,11 @@ def test_workers_of_other_block_sizes_are_named_and_not_used():
     found.joined(Worker(7), instance(7), card(block_size=32))
     (problem,) = found.problems().values()
     assert "blocks of 32 tokens" in problem
+
+
+def test_news_that_come_before_the_fleet_s_secret_is_known_are_no_problem_of_the_worker():
+    """So it is in the first moments of a provider that a reload has made."""
+    found = provider()
+    found.on_event("kv", A.instance, encode(News(5, 1, 0, found.hasher.fingerprint ^ 1, 16, [])))
+    assert asked(found, INDEX_PROBLEM) == ["", "", ""]
+    assert not found.problems()

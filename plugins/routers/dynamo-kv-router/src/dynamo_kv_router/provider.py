@@ -247,6 +247,8 @@ class KvIndex:
         source = self._sources.get(Worker(publisher, news.dp_rank))
         if source is None or not source.publishes:
             return
+        if self._surroundings is None and news.secret != self.hasher.fingerprint:
+            return  # The fleet's secret is not known yet. Whatever is missed now is asked for when it is.
         before = (source.reported, source.refused)
         try:
             changes = source.take(news, self.clock(), self.hasher)
