@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import signal
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from dynamo_core.observability import tracing
 from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.pipeline.holding import HoldingRoom
 from dynamo_core.pipeline.observers import finished_observers
+from dynamo_core.pipeline.reload import follow_sighup
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
 from dynamo_core.runtime.runtime import Runtime
@@ -79,7 +79,7 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, 
             if settings.host not in ("127.0.0.1", "localhost", "::1") and settings.authenticator is None:
                 log.warning("listening beyond this machine (%s) without authentication: anybody who reaches it can use it", settings.host)
             if again is not None:
-                _follow_sighup(config, catalog, again)
+                follow_sighup(config, catalog, again)
             leaving = asyncio.create_task(_leave(stop, app, runtime), name="leave")
             try:
                 async with _admin(config, app.admin, runtime):
@@ -98,21 +98,6 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, 
         return 0
     finally:
         tracing.shutdown()
-
-
-def _follow_sighup(config: Config, catalog: FleetCatalog, again: Callable[[], Config]) -> None:
-    def reload() -> None:
-        try:
-            done = catalog.stacks.reload(again(), config)
-        except ConfigError as e:
-            log.error("the configuration cannot be used, the one in use stays: %s", e)
-            return
-        log.info("routing by configuration %d%s", done.generation, "" if done.changed else ", which has not changed")
-        if done.needs_restart:
-            log.warning("these settings have changed and need a restart: %s", ", ".join(done.needs_restart))
-
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # no signals on this platform, or not in this thread
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 async def _leave(stop: asyncio.Event, app: App, runtime: Runtime) -> None:

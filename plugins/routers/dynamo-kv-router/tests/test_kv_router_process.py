@@ -163,6 +163,24 @@ async def test_a_router_process_answers_over_http_and_over_the_request_plane(sit
         assert sum(len(output.token_ids) for output in outputs) == 6
         assert next(o.cached_tokens for o in outputs if o.cached_tokens is not None) == 192
 
+    # The stack is read again; a second router on the port says what is wrong.
+    about = site.path.read_text()
+    for use, generation in (("no-such-policy", 1), ("round-robin", 2)):
+        site.path.write_text(about.replace('"kv-plus"', f'"{use}"'))
+        site.processes["router"].send_signal(signal.SIGHUP)
+        async with asyncio.timeout(20):
+            while f"no installed plugin provides policy '{use}'" not in (log := (site.path.parent / "router.log").read_text()) and "configuration 2" not in log:
+                await asyncio.sleep(0.1)
+        assert (await http.get("/dump")).json()["router"]["generation"] == generation
+    site.path.write_text(about)
+    await site.start("second", "router", str(site.path), "--port", site.url.rsplit(":", 1)[1])
+    assert await site.processes.pop("second").wait() == 2
+    log = (site.path.parent / "second.log").read_text()
+    assert "cannot listen on 127.0.0.1" in log
+    assert "Traceback" not in log
+    site.processes["router"].send_signal(signal.SIGHUP)
+    await site.workers(WORKERS)
+
     # A worker dies without a word: the router does without it, and follows its successor.
     assert await site.end("worker-1", signal.SIGKILL) == -signal.SIGKILL
     assert len(tokens((await http.post("/generate", json={**body, "id": "r4"})).text)) == 6

@@ -16,7 +16,7 @@ from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.testing.cluster import Cluster
 from dynamo_core.types import Output, Request, Stops
-from dynamo_kv_router.service import RouterService
+from dynamo_kv_router.service import Question, RouterService
 
 
 async def until(condition) -> None:
@@ -30,10 +30,10 @@ async def test_questions_and_streams_over_a_request_plane(plane):
     async with (
         Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv")), request_plane=Use(plane)) as cluster,
         Runtime.open(cluster.config, cluster.plugins) as runtime,
-        FleetCatalog.open(runtime, CollectorRegistry()) as catalog,
+        FleetCatalog.open(runtime, registry := CollectorRegistry()) as catalog,
     ):
         await until(lambda: catalog.not_ready() is None)
-        service = RouterService(catalog, cluster.config.migration)
+        service = RouterService(catalog, registry)
         endpoints = service.endpoints()
         await runtime.serve("router", endpoints)
         for endpoint in endpoints:
@@ -66,7 +66,7 @@ async def test_questions_and_streams_over_a_request_plane(plane):
 
 async def test_the_same_over_http():
     async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv-plus"))) as cluster:
-        app = RouterService(cluster.catalog, cluster.config.migration).app()
+        app = RouterService(cluster.catalog, cluster.registry).app()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
             body = {"id": "r1", "model": cluster.model.name, "token_ids": list(range(65, 129)), "stops": {"max_tokens": 4}}
             lines = [msgspec.json.decode(line) for line in (await client.post("/generate", json=body)).text.splitlines()]
@@ -78,3 +78,55 @@ async def test_the_same_over_http():
             assert (await client.post("/best_worker", content=b"{")).status_code == 400
             assert (await client.post("/generate", content=b"{}")).status_code == 400
             assert len(next(iter((await client.get("/load")).json().values()))) == 2
+
+
+async def test_names_that_mean_nothing_are_refused_and_so_is_a_prompt_that_does_not_fit():
+    async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
+        app = RouterService(cluster.catalog, cluster.registry).app()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
+            body = {"id": "r1", "model": cluster.model.name, "token_ids": list(range(65, 129))}
+            for wrong, said in (({"stop": {}}, "`stop`"), ({"stops": {"max_token": 4}}, "`stops.max_token`"), ({"stops": {"max_tokens": 10**7}}, "context")):
+                answer = await client.post("/generate", json={**body, **wrong})
+                assert answer.status_code == 400
+                assert said in answer.json()["error"]["message"]
+
+
+async def test_its_decisions_can_be_explained_and_its_metrics_be_scraped():
+    async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv-plus"))) as cluster:
+        app = RouterService(cluster.catalog, cluster.registry).app()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
+            best = (await client.post("/best_worker", json={"token_ids": list(range(65, 129))})).json()
+            record = (await client.get(f"/debug/decisions/{best['decision']}")).json()
+            assert "(dry run)" in record["text"]
+            assert record["worker"][0] == int(best["worker"]["instance"], 16)
+            assert (await client.get("/debug/decisions/none")).status_code == 404
+            assert 'dynamo_router_decision_seconds_count{model="' in (await client.get("/metrics")).text
+
+
+async def test_two_requests_of_one_id_are_booked_apart():
+    async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
+        service = RouterService(cluster.catalog, cluster.registry)
+        request = Request(id="same", model=cluster.model.name, token_ids=list(range(65, 129)), stops=Stops(max_tokens=20))
+        streams = [service.generate(request, Context("same")) for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+        booked = {request.id for request, *_ in cluster.model.dispatcher("aggregated").router.open_here()}
+        assert len(booked) == 2
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_in_a_fleet_of_prefill_and_decode_workers_it_answers_for_those_that_read_prompts():
+    async with Cluster.up(workers=0, router=Router(use=Use("kv"))) as cluster:
+        for role in ("prefill", "decode"):
+            await cluster.add(engine=Use("sim", {"role": role, "speedup": 0}))
+        await cluster.wait_ready(2)
+        await until(lambda: cluster.catalog.not_ready() is None)
+        service = RouterService(cluster.catalog, cluster.registry)
+        prompt = [5 + i % 190 for i in range(200)]
+        roles = {f"{m.instance.id:016x}": m.card.role for m in cluster.model.members.values()}
+        assert roles[service.best_worker(Question(token_ids=prompt))["worker"]["instance"]] == "prefill"
+        assert roles[service.best_worker(Question(token_ids=prompt, role="decode"))["worker"]["instance"]] == "decode"
+        request = Request(id="r", model=cluster.model.name, token_ids=prompt, stops=Stops(max_tokens=5))
+        tokens = [token async for outputs in service.generate(request, Context("r")) for output in outputs for token in output.token_ids]
+        assert len(tokens) == 5

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+from collections.abc import Callable
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from dynamo_core.cli.options import ConfigFile, Overrides
-from dynamo_core.config import load_with_plugins
+from dynamo_core.config import load, load_with_plugins
 from dynamo_core.config.schema import Config, Status
+from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.plugins import Plugins
 
 log = logging.getLogger(__name__)
@@ -27,22 +31,31 @@ def router(
 
     config, plugins = load_with_plugins(file, overrides=overrides)
     logs.setup(config.observability.log_level, config.observability.log_format, role="router")
-    return run_role(lambda stop: serve_router(config, plugins, stop, component=component, status=Status(host, port)))
+    return run_role(lambda stop: serve_router(config, plugins, stop, lambda: load(file, overrides=overrides, plugins=plugins), component=component,
+                                              status=Status(host, port)))  # fmt: skip
 
 
-async def serve_router(config: Config, plugins: Plugins, stop: asyncio.Event, *, component: str, status: Status) -> int:
-    """Serve until `stop` is set."""
+async def serve_router(config: Config, plugins: Plugins, stop: asyncio.Event, again: Callable[[], Config], *, component: str, status: Status) -> int:
+    """Serve until `stop` is set. :param again: reads the configuration anew; SIGHUP has the routing stacks follow it."""
     from dynamo_core.pipeline.catalog import FleetCatalog
+    from dynamo_core.pipeline.reload import follow_sighup
     from dynamo_core.runtime.runtime import Runtime
     from dynamo_core.runtime.status import serve_status
     from dynamo_core.runtime.worker_role import process_registry
     from dynamo_kv_router.service import RouterService
 
-    async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, process_registry()) as catalog:
-        service = RouterService(catalog, config.migration)
+    registry = process_registry()
+    async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, registry) as catalog:
+        service = RouterService(catalog, registry)
+        follow_sighup(config, catalog, again)
         endpoints = service.endpoints()
         await runtime.serve(component, endpoints)
-        async with serve_status(status, service.app()) as url:
+        async with contextlib.AsyncExitStack() as entered:
+            try:
+                url = await entered.enter_async_context(serve_status(status, service.app()))
+            except OSError as e:
+                what = f"cannot listen on {status.host}:{status.port}: {os.strerror(e.errno or 0)}"
+                raise ConfigError(Problem(what, remedy="choose another --host or --port")) from e
             for endpoint in endpoints:
                 await runtime.announce(component, endpoint)
             log.info("routing at %s and at %s.%s.*", url, config.namespace, component)

@@ -1,31 +1,30 @@
 """A router that stands by itself: it answers questions and passes streams on, over the request plane and over HTTP.
 
 Endpoints: `generate` (a `Request` in, its outputs back), `best_worker`, `overlap_scores`, `load`, `dump`. All but `generate` take and give one object:
-msgpack over the request plane, JSON over HTTP (`POST /best_worker`, `GET /load`, ...).
+msgpack over the request plane, JSON over HTTP (`POST /best_worker`, `GET /load`, ...). HTTP has metrics and decision records besides.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from dynamo_core.config.schema import Migration
+from dynamo_core.cards import Role
 from dynamo_core.context import Context
 from dynamo_core.errors import DynamoError, RequestError
 from dynamo_core.pipeline.catalog import FleetCatalog
-from dynamo_core.pipeline.metrics import PipelineFamilies, PipelineMetrics
-from dynamo_core.pipeline.migrate import TokenStream
 from dynamo_core.pipeline.model import ServedModel
 from dynamo_core.routing.contract import RoutingRequest
 from dynamo_core.runtime.runtime import EndpointHandler
-from dynamo_core.types import Hints, Output, Request
+from dynamo_core.types import Hints, Output, Request, Sampling, Stops
 from dynamo_kv_router.facts import OVERLAPS
 
 LEVELS = ("device", "host", "disk", "external")
@@ -42,15 +41,19 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_salt: str | None = None
     hints: Hints = Hints()
     max_tokens: int | None = None
+    role: Role | None = None
+    """Of the workers that are asked about; those that read prompts when left out."""
 
 
 class RouterService:
     """The endpoints, over a catalog that follows the fleet."""
 
-    def __init__(self, catalog: FleetCatalog, migration: Migration, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, catalog: FleetCatalog, registry: CollectorRegistry) -> None:
+        """:param registry: where the catalog counts, for `GET /metrics`."""
         self._catalog = catalog
-        self._migration = migration
-        self._families = PipelineFamilies(registry or CollectorRegistry())
+        self._registry = registry
+        self._active: set[str] = set()
+        self._serial = itertools.count(2)
         self._answers: Mapping[str, Callable[[bytes, msgspec.msgpack.Decoder[Question] | msgspec.json.Decoder[Question]], Any]] = {
             "best_worker": lambda body, decoder: self.best_worker(_question(body, decoder)),
             "overlap_scores": lambda body, decoder: self.overlap_scores(_question(body, decoder)),
@@ -63,7 +66,7 @@ class RouterService:
     def best_worker(self, question: Question) -> dict[str, Any]:
         """Where the request would go now. Nothing is booked. `worker` is null when nobody can take it, and `reason` says why."""
         model = self._model(question.model)
-        dispatcher = model.dispatcher("aggregated")
+        dispatcher = model.dispatcher(question.role or model.roles()[0])
         decision = dispatcher.router.dry_run(self._asked(question, model))
         worker = decision.worker
         instance = None if worker is None else dispatcher.instances.get(worker.instance)
@@ -78,7 +81,7 @@ class RouterService:
     def overlap_scores(self, question: Question) -> dict[str, Any]:
         """Prompt tokens that each worker holds, by tier."""
         model = self._model(question.model)
-        router = model.dispatcher("aggregated").router
+        router = model.dispatcher(question.role or model.roles()[0]).router
         weighed = router.weigh(self._asked(question, model))
         columns = [(level, weighed.columns.get(fact)) for level, fact in zip(LEVELS, OVERLAPS, strict=True)]
         return {
@@ -102,14 +105,20 @@ class RouterService:
     async def generate(self, request: Request, context: Context) -> AsyncIterator[Sequence[Output]]:
         """Route the request, and give its outputs as they come; it moves to another worker when one is lost."""
         model = self._model(request.model)
-        metrics = PipelineMetrics(self._families, model.name)
-        stream = TokenStream(request, model.card, context, model.dispatcher("aggregated"), self._migration, metrics)
-        await stream.start()
+        if request.id in self._active:
+            # Two requests of one id would share a booking.
+            request = msgspec.structs.replace(request, id=f"{request.id}-{next(self._serial):x}")
+        self._active.add(request.id)
         try:
-            while outputs := await stream.read():
-                yield outputs
+            stream = model.tokens(request, context)
+            await stream.start()
+            try:
+                while outputs := await stream.read():
+                    yield outputs
+            finally:
+                stream.cancel("the caller stopped reading")
         finally:
-            stream.cancel("the caller stopped reading")
+            self._active.discard(request.id)
 
     def _model(self, name: str | None) -> ServedModel:
         if name is None:
@@ -120,8 +129,10 @@ class RouterService:
         return self._catalog.get(name)
 
     def _asked(self, question: Question, model: ServedModel) -> RoutingRequest:
-        return RoutingRequest(question.request_id, model.name, question.token_ids, len(question.token_ids), hints=question.hints, adapter=question.adapter,
-                              cache_salt=question.cache_salt, max_tokens=question.max_tokens)
+        return RoutingRequest(
+            question.request_id, model.name, question.token_ids, len(question.token_ids), question.role or model.roles()[0], question.hints,
+            adapter=question.adapter, cache_salt=question.cache_salt, max_tokens=question.max_tokens,
+        )
 
     # -------------------------------------------------------------- over the request plane
 
@@ -147,7 +158,7 @@ class RouterService:
     # -------------------------------------------------------------- over HTTP
 
     def app(self) -> Starlette:
-        """`GET /health /load /dump`, `POST /best_worker /overlap_scores /generate`; the last one streams JSON lines."""
+        """`GET /health /load /dump /metrics /debug/decisions/ID`, `POST /best_worker /overlap_scores /generate`; the last one streams JSON lines."""
         def one(name: str) -> Callable[[HttpRequest], Any]:
             async def answer(request: HttpRequest) -> Response:
                 body = await request.body()
@@ -161,18 +172,24 @@ class RouterService:
 
         async def generate(http: HttpRequest) -> Response:
             try:
-                request = msgspec.json.decode(await http.body(), type=Request)
+                request = _request(await http.body())
                 outputs = self.generate(request, Context(request.id))
                 first = await anext(outputs, ())
-            except msgspec.MsgspecError as e:
-                return _error(RequestError(f"this is no request: {e}"))
             except DynamoError as e:
                 return _error(e)
             return StreamingResponse(_lines(first, outputs), media_type="application/x-ndjson")
 
+        async def metrics(_: HttpRequest) -> Response:
+            return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+        async def decision(http: HttpRequest) -> Response:
+            record = self._catalog.decision(http.path_params["id"])
+            return _json({"error": {"message": "no such decision is kept", "code": "not_found"}}, 404) if record is None else _json(record)
+
         posts = [Route(f"/{name}", one(name), methods=["POST"]) for name in ("best_worker", "overlap_scores")]
         gets = [Route(f"/{name}", one(name)) for name in ("load", "dump")]
-        return Starlette(routes=[Route("/health", health), *posts, *gets, Route("/generate", generate, methods=["POST"])])
+        told = [Route("/health", health), Route("/metrics", metrics), Route("/debug/decisions/{id:path}", decision)]
+        return Starlette(routes=[*told, *posts, *gets, Route("/generate", generate, methods=["POST"])])
 
 
 _from_msgpack = msgspec.msgpack.Decoder(Question)
@@ -184,6 +201,26 @@ def _question(body: bytes, decoder: msgspec.msgpack.Decoder[Question] | msgspec.
         return decoder.decode(body)
     except msgspec.MsgspecError as e:
         raise RequestError(f"this is no question: {e}") from e
+
+
+_STRUCTS: Mapping[str, type[msgspec.Struct]] = {"stops": Stops, "sampling": Sampling, "hints": Hints}
+_raw = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def _request(body: bytes) -> Request:
+    """People write these, so that a name that means nothing is an error. :raises RequestError: it is no request."""
+    try:
+        request = msgspec.json.decode(body, type=Request)
+        fields = _raw.decode(body)
+        unknown = [name for name in fields if name not in Request.__struct_fields__]
+        for name, struct in _STRUCTS.items():
+            if name in fields:
+                unknown += [f"{name}.{inner}" for inner in _raw.decode(fields[name]) if inner not in struct.__struct_fields__]
+    except msgspec.MsgspecError as e:
+        raise RequestError(f"this is no request: {e}") from e
+    if unknown:
+        raise RequestError(f"this is no request: Object contains unknown field `{unknown[0]}`")
+    return request
 
 
 async def _lines(first: Sequence[Output], rest: AsyncIterator[Sequence[Output]]) -> AsyncIterator[bytes]:
