@@ -80,9 +80,13 @@ class LocalStack:
 
     async def status_urls(self, role: str, namespace: str | None = None) -> list[str]:
         """Status endpoints of the processes of a role, from discovery."""
+        return sorted((await self._registered(role, namespace or self.config.namespace)).values())
+
+    async def _registered(self, role: str, namespace: str) -> dict[str, str]:
+        """The same by the lease of the process."""
         with contextlib.suppress(DynamoError):
-            return sorted(value.decode() for value in (await self._discovery.items(f"v1/status/{namespace or self.config.namespace}/{role}/")).values())
-        return []
+            return {key.rpartition("/")[2]: value.decode() for key, value in (await self._discovery.items(f"v1/status/{namespace}/{role}/")).items()}
+        return {}
 
     async def _missing_elsewhere(self, healths: Sequence[tuple[str, Health]]) -> int:
         """Workers in other namespaces than the frontend's, which are not registered yet: they register when they are ready."""
@@ -105,8 +109,8 @@ class LocalStack:
                 if (lost := self.supervisor.lost) is not None:
                     what = f"{lost.name} ended with exit code {lost.exit_code}; its last lines say why"
                     raise ConfigError(Problem(what)) if lost.exit_code == CONFIGURATION else Unavailable(what)
-                url, sentence, ready = await self._look(client)
-                if ready:
+                url, sentence = await self._look(client)
+                if url:
                     return url
                 if sentence != said:
                     progress(sentence)
@@ -115,33 +119,40 @@ class LocalStack:
                     raise Unavailable(f"the stack is not ready after {timeout:g} s: {sentence}")
                 await asyncio.sleep(POLL)
 
-    async def _look(self, client: httpx.AsyncClient) -> tuple[str, str, bool]:
-        processes = self.config.frontend.processes
-        urls = await self.status_urls("frontend")
-        if not urls:
-            return "", f"starting the frontend{'s' if processes > 1 else ''}", False
+    async def _look(self, client: httpx.AsyncClient) -> tuple[str, str]:
+        """The URL once everything is ready, else what is missing."""
+        processes, namespace = self.config.frontend.processes, self.config.namespace
+        public = await self._registered("frontend", namespace)
+        if not public:
+            return "", f"starting the frontend{'s' if processes > 1 else ''}"
         healths = await self._healths(client)
-        self._headless = sum(_headless(health) for where, health in healths if where == self.config.namespace)
+        self._headless = sum(_headless(health) for where, health in healths if where == namespace)
         if missing := await self._missing_elsewhere(healths):
-            return urls[0], f"{missing} workers of other namespaces are not ready", False
-        proven = 0
+            return "", f"{missing} workers of other namespaces are not ready"
+        url, proven = "", 0
+        own = {child.process.pid for child in self.supervisor.children if child.rank == 0 and child.process is not None}
         # Processes that share one address answer in no order: each question is a connection of its own, until every one of them has said it.
-        for asked in await self.status_urls("frontend-admin") or urls:
+        for lease, asked in (await self._registered("frontend-admin", namespace) or public).items():
             try:
                 answer: dict[str, Any] = (await client.get(f"{asked}/health")).json()
             except (httpx.HTTPError, ValueError):
-                return urls[0], "the frontend does not answer yet", False
+                continue
+            if answer.get("pid") not in own or lease not in public:  # a fleet may have frontends that others have started
+                continue
+            url = public[lease]
             models: dict[str, Any] = answer.get("models", {})
             workers = [worker for model in models.values() for worker in model.get("workers", ())]
             proven = sum(bool(worker.get("proven")) for worker in workers)
             if proven >= self.wanted:
                 self._ready.add(answer["pid"])
+        if not url:
+            return "", "the frontend does not answer yet"
         if len(self._ready) >= processes:
-            return urls[0], "ready", True
+            return url, "ready"
         if proven >= self.wanted:
-            return urls[0], f"{len(self._ready)} of {processes} frontends ready", False
+            return "", f"{len(self._ready)} of {processes} frontends ready"
         phases = dict.fromkeys(phase for _, health in healths if (phase := health.get("problems", {}).get("starting")))
-        return urls[0], f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(phases)})" if phases else ""), False
+        return "", f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(phases)})" if phases else "")
 
     async def _healths(self, client: httpx.AsyncClient) -> list[tuple[str, Health]]:
         """Namespace, and what the worker says of itself, for each that answers."""
