@@ -278,10 +278,13 @@ class RouterQueue:
                 self._observe_refusal(ticket, name)
                 ticket.error = AllBusy(f"request {ticket.request.id}", [why.format(limit)])
                 raise ticket.error
-        if not of.tickets:
+        if not len(self):
+            # Shares count while classes wait beside each other: what went when nobody waited is forgotten.
+            for each in self._classes.values():
+                each.age = 0.0
+        elif not of.tickets:
             # A class that was idle has no claim to the time before.
-            others = [c.age for c in self._classes.values() if c.tickets]
-            of.age = max(of.age, min(others, default=of.age))
+            of.age = max(of.age, min(c.age for c in self._classes.values() if c.tickets))
         of.add(ticket)
 
     def _leave(self, ticket: Ticket) -> None:

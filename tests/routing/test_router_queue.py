@@ -131,13 +131,13 @@ def test_classes_share_what_goes_by_their_shares():
     assert sum(name.startswith("gold") for name in first) == pytest.approx(60, abs=2)
 
 
-def test_a_class_that_was_idle_has_saved_nothing_up():
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_class_that_was_idle_has_saved_nothing_up(order):
     site = Site(classes=(QueueClass("a"), QueueClass("b")), limit=5000)
     drain(site, site.submit("warm"), *[site.submit(f"a{i}", 100, policy_class="a") for i in range(100)])
     tickets = [site.submit("warm2", policy_class="a")]
     for i in range(40):
-        tickets.append(site.submit(f"a-{i}", 100, policy_class="a"))
-        tickets.append(site.submit(f"b-{i}", 100, policy_class="b"))
+        tickets += [site.submit(f"{name}-{i}", 100, policy_class=name) for name in order]
     first = drain(site, *tickets)[:40]
     assert sum(name.startswith("b") for name in first) == pytest.approx(20, abs=2)
 
