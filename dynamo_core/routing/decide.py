@@ -227,7 +227,7 @@ def protocol_of(kind: str) -> type:
 
 def said(error: Exception) -> str:
     """An exception in one line, for records and logs."""
-    text = f"{type(error).__name__}: {error}"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -13,7 +13,7 @@ from dynamo_core.errors import ConfigError
 from dynamo_core.plugins import Component, Plugin, Plugins
 from dynamo_core.routing import facts, filters, scorers
 from dynamo_core.routing.contract import Dice, Fact, RoutingRequest, Worker
-from dynamo_core.routing.decide import Part, Stack
+from dynamo_core.routing.decide import Part, Stack, said
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.types import Hints
 
@@ -318,3 +318,7 @@ def test_each_rejected_worker_has_one_reason_and_one_author():
     choice = stack.decide(request, WORKERS, {}, Dice(1))
     assert choice.worker is None
     assert [(row, by) for row, by, _ in choice.rejected] == [(0, "not-failed"), (1, "pinned"), (2, "pinned"), (3, "pinned")]
+
+
+def test_an_exception_takes_one_line_whatever_it_says():
+    assert said(RuntimeError("boom\n  at line 2")) == "RuntimeError: boom at line 2"
