@@ -115,18 +115,19 @@ class Remembering:
 
     min_points: ClassVar[int] = 24
     """What the most demanding one needs."""
+    seasonal: ClassVar[bool] = False
     predictor: Predictor
     answers: dict[tuple[int, bytes, float], Forecast] = attrs.field(factory=dict)
-
-    def __getattr__(self, name: str) -> Any:
-        """What else is known of the predictor, such as its season."""
-        return getattr(self.predictor, name)
 
     def forecast(self, history: Floats, steps: int, level: float) -> Forecast:
         key = (steps, hashlib.blake2b(history.tobytes()).digest(), level)
         if key not in self.answers:
             self.answers[key] = self.predictor.forecast(history, steps, level)
         return self.answers[key]
+
+
+class RememberingSeason(Remembering):
+    seasonal = True
 
 
 @attrs.frozen
@@ -159,7 +160,8 @@ def run(trial: Trial, today: Day, before: Day, remembering: dict[str, Rememberin
     )
     mind = parts.mind(table, Plugins.load())
     mind.profile = measured
-    mind.predictor = remembering.setdefault(trial.predictor, Remembering(mind.predictor))
+    kind = RememberingSeason if mind.predictor.seasonal else Remembering
+    mind.predictor = remembering.setdefault(trial.predictor, kind(mind.predictor))
     if trial.kind == "oracle":
         mind.stages.predict = Oracle(today)
     for i, count in enumerate(before.counts(INTERVAL)):

@@ -49,6 +49,7 @@ class TestKalman(PredictorContract):
 
 class _Faulty:
     min_points = 2
+    seasonal = False
 
     def forecast(self, history, steps, level):
         return Constant().forecast(history, steps, level)

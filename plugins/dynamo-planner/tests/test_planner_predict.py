@@ -37,6 +37,8 @@ def test_a_constant_load_is_expected_to_stay(predictor):
 def test_the_idle_time_before_the_first_request_is_skipped():
     assert without_idle_start(np.array([0, 0, 0, 3.0, 0, 5.0])).tolist() == [3.0, 0, 5.0]
     assert without_idle_start(np.zeros(4)).tolist() == [0.0]
+    busy = np.array([20.0, 21.0, 19.0, 20.0, 22.0, 20.0, 21.0])
+    assert ahead(KalmanLevel(), np.concatenate([np.zeros(200), busy]), 1, 0.8).mean == pytest.approx(ahead(KalmanLevel(), busy, 1, 0.8).mean)
 
 
 def test_pauses_are_skipped_and_the_one_that_lasts_is_not():
@@ -57,8 +59,6 @@ def test_a_load_that_comes_back_is_expected_to_be_what_it_was(predictor):
 def test_whoever_looks_for_the_same_time_of_another_day_sees_pauses():
     day = np.array([8.0, 8.0, 0.0, 0.0, 0.0, 8.0, 8.0, 8.0])
     assert ahead(SeasonalNaive(season=8), np.concatenate([day, day[:2]]), 3, 0.8).mean.max() < 1.0
-    busy = np.array([20.0, 21.0, 19.0, 20.0, 22.0, 20.0, 21.0])
-    assert ahead(KalmanLevel(), np.concatenate([np.zeros(200), busy]), 1, 0.8).mean == pytest.approx(ahead(KalmanLevel(), busy, 1, 0.8).mean)
 
 
 def test_a_trend_is_continued_and_fades():

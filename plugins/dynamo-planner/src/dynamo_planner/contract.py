@@ -103,6 +103,8 @@ class Predictor(Protocol):
 
     min_points: ClassVar[int]
     """With fewer, the last value is forecast instead."""
+    seasonal: ClassVar[bool]
+    """Whether it looks for the same time of another day, and so needs every point; others are not shown pauses of the load."""
 
     def forecast(self, history: Floats, steps: int, level: float) -> Forecast:
         """The next `steps` values of an evenly spaced series, the newest last. :param level: probability of the interval, such as 0.8."""

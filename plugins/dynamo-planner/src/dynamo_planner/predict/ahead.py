@@ -37,7 +37,7 @@ def ahead(predictor: Predictor, history: Floats, steps: int, level: float) -> Fo
     A forecast beyond twice the greatest value ever seen is cut there: an extrapolated trend is no reason to buy a fleet.
     """
     series = without_idle_start(np.asarray(history, dtype=np.float64))
-    if not hasattr(predictor, "season"):  # whoever looks for the same time of another day needs every point
+    if not predictor.seasonal:
         series = without_pauses(series)
     chosen: Predictor = predictor if series.size >= predictor.min_points else Constant()
     found = chosen.forecast(np.log1p(np.maximum(series, 0.0)), steps, level)

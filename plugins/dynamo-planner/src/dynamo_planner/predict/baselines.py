@@ -17,6 +17,7 @@ class Constant:
     """It stays as it is."""
 
     min_points: ClassVar[int] = 1
+    seasonal: ClassVar[bool] = False
 
     def forecast(self, history: Floats, steps: int, level: float) -> Forecast:
         changes = np.diff(history)
@@ -29,6 +30,7 @@ class SeasonalNaive:
     """As it was one season ago, shifted by how the last hour differs from the same hour then."""
 
     min_points: ClassVar[int] = 2
+    seasonal: ClassVar[bool] = True
     season: int = attrs.field(default=1440, validator=v.ge(2))
     """Intervals in a season: 1440 of a minute are a day."""
     recent: int = attrs.field(default=15, validator=v.ge(1))
@@ -50,6 +52,7 @@ class Ewma:
     """The mean of the past, the recent past counting more."""
 
     min_points: ClassVar[int] = 2
+    seasonal: ClassVar[bool] = False
     half_life: float = attrs.field(default=3.0, validator=v.gt(0))
     """Intervals after which a value counts half."""
 

@@ -24,6 +24,7 @@ class KalmanLevel:
     """A level that wanders, seen through noise."""
 
     min_points: ClassVar[int] = 4
+    seasonal: ClassVar[bool] = False
     window: int = attrs.field(default=240, validator=v.ge(8))
     """Intervals of the past that are looked at."""
 
@@ -53,6 +54,7 @@ class KalmanTrend:
     """A level with a slope, both of which wander, seen through noise. The slope fades, so that no trend goes on for ever."""
 
     min_points: ClassVar[int] = 6
+    seasonal: ClassVar[bool] = False
     window: int = attrs.field(default=240, validator=v.ge(8))
     """Intervals of the past that are looked at."""
     fade: float = attrs.field(default=0.95, validator=[v.gt(0), v.le(1)])

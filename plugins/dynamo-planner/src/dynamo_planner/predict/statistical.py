@@ -18,6 +18,7 @@ class Arima:
     """Autoregression on differences, with a moving average of the errors."""
 
     min_points: ClassVar[int] = 24
+    seasonal: ClassVar[bool] = False
     order: tuple[int, int, int] = (2, 1, 1)
     """Autoregressive terms, differences, moving-average terms."""
     window: int = attrs.field(default=240, validator=v.ge(24))
@@ -51,6 +52,7 @@ class Ets:
     """Exponential smoothing with additive errors and a damped trend."""
 
     min_points: ClassVar[int] = 24
+    seasonal: ClassVar[bool] = False
     window: int = attrs.field(default=240, validator=v.ge(24))
     """Intervals of the past that are looked at."""
 
