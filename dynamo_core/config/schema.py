@@ -22,6 +22,7 @@ configuration is loaded, so that a mistake in a plugin's option is found at the 
 # ruff: noqa: RUF009  (`choice` makes an attrs field)
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ class Hold:
 def _schemes(settings: object, attribute: object, value: tuple[str, ...]) -> None:
     if unknown := sorted(set(value) - {"https", "http"}):
         raise ValueError(f"'schemes' may have 'https' and 'http', not {unknown[0]!r}")
+
+
+def _url(settings: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not re.fullmatch(r"https?://[^/\s]+\S*", value):
+        raise ValueError(f"{attribute.name!r} must begin with http:// or https://, is {value!r}")
 
 
 @attrs.frozen
@@ -340,8 +346,8 @@ class Observability:
     """Less important lines are not logged."""
     log_format: str = attrs.field(default="auto", validator=v.in_(["auto", "console", "json"]))
     """`auto`: console on a terminal, JSON otherwise."""
-    otlp_endpoint: str | None = None
-    """Traces go here (OTLP over HTTP); off when unset."""
+    otlp_endpoint: str | None = attrs.field(default=None, validator=v.optional(_url))
+    """Traces go here by OTLP over HTTP: a collector (`http://otel:4318`), or the whole URL. Off when unset."""
     trace_ratio: float = attrs.field(default=1.0, validator=[v.ge(0), v.le(1)])
     """Share of the requests that are traced, unless the caller decides."""
 

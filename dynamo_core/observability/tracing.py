@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 LAST_SPANS = 3.0
 """Seconds that the last spans have at the end of the process."""
@@ -56,7 +57,7 @@ def start(name: str, traceparent: str | None = None, attributes: Mapping[str, At
 
 
 def setup(service: str, endpoint: str | None, ratio: float = 1.0, *, exporter: Any = None) -> None:
-    """Send spans to an OTLP/HTTP `endpoint` (`http://host:4318/v1/traces`); `None` leaves tracing off.
+    """Send spans to an OTLP/HTTP `endpoint` (`http://host:4318`, or the whole URL); `None` leaves tracing off.
 
     :param exporter: an OpenTelemetry span exporter to use in place of OTLP.
     """
@@ -72,12 +73,17 @@ def setup(service: str, endpoint: str | None, ratio: float = 1.0, *, exporter: A
     _provider = TracerProvider(resource=Resource.create({"service.name": service}), sampler=ParentBased(TraceIdRatioBased(ratio)))
     if exporter is not None:
         _provider.add_span_processor(SimpleSpanProcessor(exporter))
-    else:
+    elif endpoint is not None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces(endpoint))))
     _tracer = _provider.get_tracer("dynamo")
     _propagator = TraceContextTextMapPropagator()
+
+
+def _traces(endpoint: str) -> str:
+    """Where a collector takes traces, unless the URL says it."""
+    return endpoint if urlsplit(endpoint).path.strip("/") else f"{endpoint.rstrip('/')}/v1/traces"
 
 
 def shutdown() -> None:

@@ -20,10 +20,12 @@ TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 class Receiver:
     def __init__(self) -> None:
         self.spans: list[Any] = []
+        self.paths: set[str] = set()
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                receiver.paths.add(self.path)
                 message = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
                 receiver.spans += [span for resource in message.resource_spans for scope in resource.scope_spans for span in scope.spans]
                 self.send_response(200)
@@ -102,3 +104,11 @@ async def test_several_prompts_of_one_request_are_siblings(receiver: Receiver) -
             await read_all(generation)
     tracing.shutdown()
     assert {span.parent_span_id.hex() for span in receiver.spans if span.name == "generate"} == {CALLER}
+
+
+@pytest.mark.parametrize(("written", "asked"), [("", "/v1/traces"), ("/", "/v1/traces"), ("/v1/traces", "/v1/traces"), ("/otel/traces?tenant=a", "/otel/traces?tenant=a")])
+def test_the_address_of_a_collector_is_enough(receiver: Receiver, written: str, asked: str) -> None:
+    tracing.setup("test", receiver.url.removesuffix("/v1/traces") + written)
+    tracing.start("alone").end()
+    tracing.shutdown()
+    assert receiver.paths == {asked}
