@@ -235,6 +235,8 @@ class Plugins:
             remedy = f"did you mean {close[0]!r} ({source_of})?"
         else:
             remedy = f"installed: {', '.join(sorted(known)) or 'none'}"
+        if left := "; ".join(f"{plugin}, {plugin.problem}" for plugin in self.plugins if plugin.problem):
+            remedy += f" (left out: {left})"
         raise ConfigError(Problem(f"no installed plugin provides {spoken} {name!r}", where, source, remedy))
 
 

@@ -152,6 +152,12 @@ def test_what_nobody_provides_suggests_what_is_close(install: Install) -> None:
         Plugins.load().find("scorer", "acm", where="a.toml:1", source="x")
 
 
+def test_a_component_that_nobody_provides_may_be_that_of_a_plugin_that_was_left_out(install: Install) -> None:
+    install("acme-broken", "raise RuntimeError('boom')")
+    with pytest.raises(ConfigError, match=r"no installed plugin provides scorer 'broken'(.|\n)*\(left out: acme-broken 1\.2, RuntimeError: boom\)"):
+        Plugins.load().find("scorer", "broken")
+
+
 def test_what_a_left_out_plugin_provides_says_so(install: Install) -> None:
     install("dynamo-etcd", "raise RuntimeError('boom')")
     with pytest.raises(ConfigError, match=r"provided by dynamo-etcd 1\.2, which was left out: RuntimeError: boom"):
