@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 TOPIC = "bookings"
 _PAUSE = 0.2
 """Seconds between two answers to `?`, so that many newcomers get one."""
+_ASK_AGAIN = 0.5
+"""Seconds after which a newcomer that nobody has answered asks again, and then twice as long each time: where every publisher has to be found first, nobody
+hears its first words."""
+_ASKED_ENOUGH = 20.0
+"""When the next time would be so far away, it is alone."""
 _MESSAGE = 200_000
 """Bytes after which a message is full: event planes have their limits."""
 
@@ -47,6 +52,7 @@ class Replica:
         self._theirs: dict[int, dict[str, Worker]] = {}
         """Open bookings of others, by publisher."""
         self._answering: asyncio.TimerHandle | None = None
+        self._asking: asyncio.TimerHandle | None = None
         self._teacher: int | None = None
         """Whose providers it is learning from: 0 while nobody has answered, `None` when it has learned. All others know the same."""
         self._newcomers = False
@@ -89,14 +95,25 @@ class Replica:
         """From now on there is somebody to talk to (or not): ask what is open elsewhere."""
         self._publisher = publisher
         self._outbox.clear()
+        if self._asking is not None:
+            self._asking.cancel()
         for who in list(self._theirs):
             self.gone(who)
         if publisher is not None:
             self._learn()
 
     def _learn(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
         self._teacher = 0
-        self._say(["?", True])
+        self._ask(_ASK_AGAIN)
+
+    def _ask(self, pause: float) -> None:
+        self._asking = None
+        if self._teacher == 0:
+            self._say(["?", True])
+            if pause < _ASKED_ENOUGH:
+                self._asking = asyncio.get_running_loop().call_later(pause, self._ask, 2 * pause)
 
     def missed(self) -> None:
         """Something was lost. Bookings must be right; what providers know beyond them mends itself with use, and may be large."""

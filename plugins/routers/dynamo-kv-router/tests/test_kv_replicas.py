@@ -82,10 +82,10 @@ async def test_requests_of_another_frontend_share_blocks_with_ours(event_plane: 
         assert not router(other).faults
 
 
-async def test_without_events_what_another_frontend_sent_is_taken_to_be_cached() -> None:
+async def test_without_events_what_another_frontend_sent_is_taken_to_be_cached(event_plane: Use | None) -> None:
     stack = Router(scorers=(Use("kv-overlap"),))
     asked = {"token_ids": [*PROMPT, 1], "prompt_tokens": 161}
-    async with Cluster.up(workers=3, engine="echo", router=stack) as cluster:
+    async with Cluster.up(workers=3, engine="echo", router=stack, event_plane=event_plane) as cluster:
         # Both name blocks by the secret of the namespace, from shortly after their start.
         await until(lambda: len(router(cluster.catalog).named(RoutingRequest("r", "m", **asked))) > 0)
         async with frontend(cluster) as other:
@@ -114,9 +114,9 @@ async def test_a_session_keeps_its_worker_when_it_comes_through_another_frontend
             assert generation.workers == [homes[session]]
 
 
-async def test_a_new_frontend_learns_the_sessions_of_before() -> None:
+async def test_a_new_frontend_learns_the_sessions_of_before(event_plane: Use | None) -> None:
     stack = Router(filters=(Use("session"),), scorers=(Use("turn"),))
-    async with Cluster.up(workers=4, engine="echo", router=stack) as cluster:
+    async with Cluster.up(workers=4, engine="echo", router=stack, event_plane=event_plane) as cluster:
         homes: dict[str, str] = {}
         for i in range(8):
             generation = await send(cluster.catalog, f"r{i}", PROMPT[:40], 2, session=f"s{i}")
@@ -130,3 +130,12 @@ async def test_a_new_frontend_learns_the_sessions_of_before() -> None:
                 await read_all(generation)
                 assert generation.workers == [home]
             assert not router(other).faults
+
+
+async def test_a_new_frontend_learns_what_is_under_way(event_plane: Use | None) -> None:
+    stack = Router(scorers=(Use("kv-cost"),))
+    async with Cluster.up(workers=1, engine="echo", options=ENGINE, router=stack, event_plane=event_plane) as cluster:
+        mine = await send(cluster.catalog, "mine", PROMPT)
+        async with frontend(cluster) as other:
+            await until(lambda: total(other, ACTIVE_OVERLAP_TOKENS) == 160)
+        mine.cancel()
