@@ -91,6 +91,15 @@ async def test_names_that_mean_nothing_are_refused_and_so_is_a_prompt_that_does_
                 assert said in answer.json()["error"]["message"]
 
 
+async def test_tokens_that_no_vocabulary_has_are_the_caller_s_fault_and_nobody_else_s():
+    async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
+        service = RouterService(cluster.catalog, cluster.registry)
+        for ask in (service.best_worker, service.overlap_scores):
+            with pytest.raises(RequestError, match="token id -1 is negative"):
+                ask(Question(token_ids=[-1] * 64))
+        assert not cluster.model.dispatcher("aggregated").router.faults
+
+
 async def test_its_decisions_can_be_explained_and_its_metrics_be_scraped():
     async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv-plus"))) as cluster:
         app = RouterService(cluster.catalog, cluster.registry).app()

@@ -22,6 +22,7 @@ from dynamo_core.context import Context
 from dynamo_core.errors import DynamoError, RequestError
 from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.pipeline.model import ServedModel
+from dynamo_core.preprocess.limits import check_token_ids
 from dynamo_core.routing.contract import RoutingRequest
 from dynamo_core.runtime.runtime import EndpointHandler
 from dynamo_core.types import Hints, Output, Request, Sampling, Stops
@@ -129,6 +130,7 @@ class RouterService:
         return self._catalog.get(name)
 
     def _asked(self, question: Question, model: ServedModel) -> RoutingRequest:
+        check_token_ids(model.card, question.token_ids)
         return RoutingRequest(
             question.request_id, model.name, question.token_ids, len(question.token_ids), question.role or model.roles()[0], question.hints,
             adapter=question.adapter, cache_salt=question.cache_salt, max_tokens=question.max_tokens,
