@@ -23,7 +23,7 @@ def explain(
     with connect(url, timeout=10.0, key=key) as client:
         response = get(client, f"/debug/decisions/{quote(id, safe='')}")
     if response.status_code == 404:
-        raise Unavailable(f"{url} knows no decision {id!r}: it keeps the latest ones (router.decisions), and only its own")
+        raise Unavailable(f"{url} knows no decision {id!r}: it keeps the latest ones (router.decisions) of its own processes")
     if response.status_code != 200:
         raise Unavailable(f"{url} answered {response.status_code}: {refusal(response)}")
     record = response.json()

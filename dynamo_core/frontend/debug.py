@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,18 +12,27 @@ from starlette.responses import Response
 from dynamo_core.errors import Forbidden, RequestError
 from dynamo_core.frontend.replies import reply
 from dynamo_core.frontend.service import Service
-from dynamo_core.pipeline.contract import Chained
+from dynamo_core.pipeline.contract import Catalog, Chained
 
 
 async def decision(service: Service, request: Request) -> Response:
-    """By decision id or request id, while the ring holds it."""
+    """By decision id or request id, while the ring of the process that made it holds it."""
     await allow(service, request)
-    record = service.catalog.decision(request.path_params["id"])
+    id, siblings = request.path_params["id"], service.metrics.siblings
+    record = await explained(service.catalog, id)
+    if record is None and siblings is not None:
+        record = await siblings.decision(id)
     if record is None:
         raise HTTPException(404)
-    if isinstance(service.catalog, Chained) and (further := await service.catalog.further(request.path_params["id"])):
-        record = {**record, "further": further, "text": "\n\n".join(str(one.get("text", "")) for one in (record, *further))}
     return reply(record)
+
+
+async def explained(catalog: Catalog, id: str) -> Mapping[str, Any] | None:
+    """A decision of this process, with what the worker decided further."""
+    record = catalog.decision(id)
+    if record is not None and isinstance(catalog, Chained) and (further := await catalog.further(id)):
+        return {**record, "further": further, "text": "\n\n".join(str(one.get("text", "")) for one in (record, *further))}
+    return record
 
 
 async def decisions(service: Service, request: Request) -> Response:

@@ -17,6 +17,7 @@ from dynamo_core.config.schema import Config, Status
 from dynamo_core.errors import ConfigError, Problem
 from dynamo_core.frontend.app import App, create_app
 from dynamo_core.frontend.certificates import unusable
+from dynamo_core.frontend.debug import explained
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.frontend.siblings import siblings
 from dynamo_core.observability import tracing
@@ -59,7 +60,7 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, 
             if hasattr(limiter, "__aenter__"):
                 await entered.enter_async_context(limiter)
             metrics = HttpMetrics(registry, tenant_labels=settings.tenant_labels)
-            if (beside := siblings(registry)) is not None:
+            if (beside := siblings(registry, lambda id: explained(catalog, id))) is not None:
                 metrics.siblings = await entered.enter_async_context(beside)
             app = create_app(
                 settings, catalog, metrics=metrics, authenticator=authenticator, limiter=limiter,

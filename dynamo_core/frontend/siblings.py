@@ -1,6 +1,7 @@
-"""Frontend processes behind one address: whichever of them is scraped tells the numbers of all, each with the name of its process.
+"""Frontend processes behind one address: whichever of them is scraped tells the numbers of all, each with the name of its process, and whichever is asked
+for a decision finds it.
 
-They meet in a folder that their supervisor made: each listens on a socket there, and tells its series to whoever connects.
+They meet in a folder that their supervisor made: each listens on a socket there, and answers one question, a line, to whoever connects.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry, Metric
@@ -25,6 +27,10 @@ VARIABLE = "DYNAMO_SIBLINGS"
 _PATIENCE = 2.0
 """Seconds in which a sibling must have answered. One that hangs costs a scrape no more than that."""
 _LABEL = "process"
+_METRICS = "metrics"
+
+Explained = Callable[[str], Awaitable[Mapping[str, Any] | None]]
+"""The record of a decision, by its id."""
 
 
 class _Family(msgspec.Struct, array_like=True):
@@ -35,7 +41,9 @@ class _Family(msgspec.Struct, array_like=True):
     samples: list[tuple[str, dict[str, str], float]]
 
 
-_decoder = msgspec.msgpack.Decoder(list[_Family])
+_Answer = TypeVar("_Answer")
+_families = msgspec.msgpack.Decoder(list[_Family])
+_record = msgspec.msgpack.Decoder(dict[str, Any] | None)
 
 
 class Together(Collector):
@@ -57,11 +65,12 @@ class Together(Collector):
 
 
 class Siblings:
-    """An async context manager: while it is entered, the others hear our numbers."""
+    """An async context manager: while it is entered, the others hear our numbers and decisions."""
 
-    def __init__(self, registry: CollectorRegistry, path: Path) -> None:
-        """:param path: of our socket; the others have theirs beside it."""
+    def __init__(self, registry: CollectorRegistry, path: Path, explained: Explained) -> None:
+        """:param path: of our socket; the others have theirs beside it. :param explained: finds our own decisions."""
         self._registry = registry
+        self._explained = explained
         self._path = path
         self._server: asyncio.Server | None = None
 
@@ -80,22 +89,33 @@ class Siblings:
 
     async def together(self) -> Together:
         """What all who answer have counted."""
-        others = sorted(path for path in self._path.parent.glob("*.sock") if path != self._path)
-        heard = await asyncio.gather(*map(_ask, others))
+        others = self._others()
+        heard = await asyncio.gather(*(_ask(path, _METRICS, _families) for path in others))
         found = [(self._path, _own(self._registry)), *zip(others, heard, strict=True)]
         return Together({path.stem: families for path, families in sorted(found, key=lambda pair: pair[0]) if families is not None})
 
+    async def decision(self, id: str) -> Mapping[str, Any] | None:
+        """One that another process has made."""
+        answers = await asyncio.gather(*(_ask(path, f"decision {id}", _record) for path in self._others())) if id.isprintable() else ()
+        return next(filter(None, answers), None)
+
+    def _others(self) -> list[Path]:
+        return sorted(path for path in self._path.parent.glob("*.sock") if path != self._path)
+
     async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            writer.write(msgspec.msgpack.encode(_own(self._registry)))
+        with contextlib.suppress(OSError, ValueError, TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                asked, _, about = (await reader.readline()).decode().rstrip("\n").partition(" ")
+            answer = _own(self._registry) if asked == _METRICS else await self._explained(about)
+            writer.write(msgspec.msgpack.encode(answer))
             await writer.drain()
         writer.close()
 
 
-def siblings(registry: CollectorRegistry) -> Siblings | None:
+def siblings(registry: CollectorRegistry, explained: Explained) -> Siblings | None:
     """As the supervisor of this process wants it; `None`: this process is alone."""
     path = os.environ.get(VARIABLE)
-    return Siblings(registry, Path(path)) if path else None
+    return Siblings(registry, Path(path), explained) if path else None
 
 
 @contextlib.contextmanager
@@ -118,14 +138,15 @@ def _own(registry: CollectorRegistry) -> list[_Family]:
     ]
 
 
-async def _ask(path: Path) -> list[_Family] | None:
+async def _ask(path: Path, question: str, decoder: msgspec.msgpack.Decoder[_Answer]) -> _Answer | None:
     try:
         async with asyncio.timeout(_PATIENCE):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
-                return _decoder.decode(await reader.read(-1))
+                writer.write(question.encode() + b"\n")
+                return decoder.decode(await reader.read(-1))
             finally:
                 writer.close()
     except (OSError, TimeoutError, msgspec.DecodeError) as e:
-        log.debug("%s does not tell its metrics: %r", path.stem, e)
+        log.debug("%s does not answer: %r", path.stem, e)
         return None

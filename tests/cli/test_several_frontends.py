@@ -107,9 +107,16 @@ async def _ready(client: httpx.AsyncClient, url: str) -> bool:
 
 
 async def test_one_scrape_shows_every_process_and_a_signal_reaches_all(running: Running) -> None:
+    ids = list[str]()
     for _ in range(40):
         answer = await running.client.post(f"{running.public}/v1/completions", json={"model": "sim", "prompt": "hello", "max_tokens": 2})
         assert answer.status_code == 200
+        ids.append(answer.headers["x-dynamo-decision"])
+    assert len({id.split("-")[0] for id in ids}) > 1, "one process did everything"
+    for number, id in enumerate(ids):
+        url = running.admin[number % PROCESSES]
+        assert (await running.client.get(f"{url}/debug/decisions/{id}")).json()["id"] == id
+        assert (await running.client.get(f"{url}/debug/decisions/{id}-none")).status_code == 404
     everybody = {f"frontend-{i}" for i in range(PROCESSES)}
     for url in running.admin:
         metrics = await running.scrape(url)
@@ -156,8 +163,17 @@ async def test_a_process_that_hangs_is_left_out_of_a_scrape(monkeypatch: pytest.
         for number, registry in enumerate(registries, 1):
             Counter("done", "", ["what"], registry=registry).labels("x").inc(number)
         silent = await asyncio.start_unix_server(lambda reader, writer: asyncio.sleep(60), paths[2])
-        async with Siblings(registries[0], paths[0]) as here, Siblings(registries[1], paths[1]):
+
+        async def nothing(id: str) -> None: ...
+
+        async def one(id: str) -> dict[str, str] | None:
+            return {"id": id} if id == "d 1" else None
+
+        async with Siblings(registries[0], paths[0], nothing) as here, Siblings(registries[1], paths[1], one):
             metrics = {metric.name: metric for metric in (await here.together()).collect()}
+            assert await here.decision("d 1") == {"id": "d 1"}
+            assert await here.decision("d 2") is None
+            assert await here.decision("d\n1") is None
         silent.close()
     assert [(sample.labels, sample.value) for sample in metrics["done"].samples if sample.name == "done_total"] == [
         ({"what": "x", "process": "a"}, 1.0), ({"what": "x", "process": "b"}, 2.0)]
