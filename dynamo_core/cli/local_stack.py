@@ -21,6 +21,8 @@ from dynamo_core.frontend.siblings import meeting_place
 from dynamo_core.plugins import Plugins
 
 POLL = 0.1
+_FRONTEND, _WORKER = 0, 1
+"""Ranks of children: who is stopped first."""
 
 Health = dict[str, Any]
 """What a worker's status endpoint says."""
@@ -36,7 +38,7 @@ class LocalStack:
         self._ready: set[int] = set()
         """Process ids of frontends that have every worker."""
         self._headless = 0
-        """Ready workers of the frontend's namespace that offer no model: parts of an engine whose head is another process, which no frontend sees."""
+        """Ready workers of this stack, in the frontend's namespace, that offer no model: parts of an engine with its head elsewhere, which no frontend sees."""
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -66,9 +68,9 @@ class LocalStack:
                 for index, worker in enumerate(config.workers):
                     for copy in range(worker.count):
                         name = f"{worker.name}-{copy}" if len(config.workers) == 1 else f"{worker.name}-{index}.{copy}"
-                        supervisor.start(Child(name, ["worker", *shared, f"--index={index}"], rank=1))
+                        supervisor.start(Child(name, ["worker", *shared, f"--index={index}"], rank=_WORKER))
                 for name, environment in zip(names, environments, strict=True):
-                    supervisor.start(Child(name, frontend, rank=0, environment=environment))
+                    supervisor.start(Child(name, frontend, rank=_FRONTEND, environment=environment))
                 yield stack
             finally:
                 await supervisor.stop()
@@ -130,7 +132,7 @@ class LocalStack:
         if missing := await self._missing_elsewhere(healths):
             return "", f"{missing} workers of other namespaces are not ready"
         url, proven = "", 0
-        own = {child.process.pid for child in self.supervisor.children if child.rank == 0 and child.process is not None}
+        own = self._own(_FRONTEND)
         # Processes that share one address answer in no order: each question is a connection of its own, until every one of them has said it.
         for lease, asked in (await self._registered("frontend-admin", namespace) or public).items():
             try:
@@ -155,13 +157,20 @@ class LocalStack:
         return "", f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(phases)})" if phases else "")
 
     async def _healths(self, client: httpx.AsyncClient) -> list[tuple[str, Health]]:
-        """Namespace, and what the worker says of itself, for each that answers."""
+        """Namespace, and what the worker says of itself, for each of this stack that answers. Others may have workers of the same names in the fleet."""
         found: list[tuple[str, Health]] = []
+        own = self._own(_WORKER)
         for name, namespace in sorted({(worker.name, worker.namespace or self.config.namespace) for worker in self.config.workers}):
             for url in await self.status_urls(name, namespace):
                 with contextlib.suppress(httpx.HTTPError, ValueError):
-                    found.append((namespace, (await client.get(f"{url}/health")).json()))
+                    health: Health = (await client.get(f"{url}/health")).json()
+                    if health.get("pid") in own:
+                        found.append((namespace, health))
         return found
+
+    def _own(self, rank: int) -> set[int]:
+        """Processes of this stack."""
+        return {child.process.pid for child in self.supervisor.children if child.rank == rank and child.process is not None}
 
 
 def _headless(health: Health) -> bool:

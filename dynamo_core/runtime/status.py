@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ def status_app(role: str, problems: Callable[[], Mapping[str, str]], registry: C
         found = problems()
         lesser = degraded() if degraded is not None else {}
         status = "unready" if found else "degraded" if lesser else "ready"
-        answer: dict[str, Any] = {"status": status, "role": role, "problems": {**lesser, **found}}
+        answer: dict[str, Any] = {"status": status, "role": role, "pid": os.getpid(), "problems": {**lesser, **found}}
         if models is not None:
             answer["models"] = models()
         return _json(answer, 503 if found else 200)

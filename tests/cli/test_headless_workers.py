@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 PLUGIN = '''
@@ -89,3 +92,50 @@ engine = {{ use = "part", gate = "{gate}" }}
     finally:
         up.kill()
         up.wait()
+
+
+def test_headless_workers_that_others_have_started_make_no_stack_ready(tmp_path: Path) -> None:
+    installed(tmp_path)
+    gate, stack, environment = tmp_path / "gate", tmp_path / "stack.toml", {**os.environ, "PYTHONPATH": str(tmp_path)}
+    stack.write_text(f"""
+discovery = {{ use = "file", path = "{tmp_path}/discovery" }}
+frontend = {{ port = 0 }}
+[[workers]]
+engine = {{ use = "part", gate = "{gate}" }}
+[[workers]]
+name = "node1"
+count = 0
+engine = {{ use = "part", gate = "{tmp_path}" }}
+""")
+    other = subprocess.Popen([sys.executable, "-m", "dynamo_core.cli", "worker", str(stack), "--index", "1"], stderr=subprocess.DEVNULL, env=environment)
+    up = None
+    try:
+        wait_until_healthy(tmp_path / "discovery", "node1")
+        up = subprocess.Popen([sys.executable, "-m", "dynamo_core.cli", "up", str(stack), "--quiet", "--timeout", "90"], stderr=subprocess.PIPE, text=True, env=environment)
+        assert up.stderr is not None
+        for line in up.stderr:
+            if "0 of 1 workers ready (wait for the gate)" in line:
+                gate.touch()
+            if line.startswith("ready: ") or "not ready after" in line:
+                break
+        assert gate.exists(), "it was ready before its own worker"
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) == 0
+    finally:
+        for process in filter(None, (up, other)):
+            process.kill()
+            process.wait()
+
+
+def wait_until_healthy(discovery: Path, name: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in discovery.rglob(f"v1%2Fstatus%2F*{name}*"):
+            if path.is_file() and (url := re.search(rb"http://[\d.:]+", path.read_bytes())):
+                try:
+                    if httpx.get(f"{url[0].decode()}/health", timeout=5).status_code == 200:
+                        return
+                except httpx.HTTPError:
+                    pass
+        time.sleep(0.1)
+    raise AssertionError(f"{name} never was healthy")
