@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
@@ -19,4 +21,4 @@ async def test_a_degraded_engine_is_healthy_enough_to_serve(problems, lesser, co
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://worker") as client:
         answer = await client.get("/health")
     assert answer.status_code == code
-    assert answer.json() == {"status": status, "role": "worker", "problems": {**lesser, **problems}}
+    assert answer.json() == {"status": status, "role": "worker", "pid": os.getpid(), "problems": {**lesser, **problems}}

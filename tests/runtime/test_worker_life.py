@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -282,7 +283,7 @@ async def test_every_role_answers_health_live_metrics_and_control() -> None:
     async with bench() as it:
         app = status_app("backend", it.worker.problems, it.registry, it.worker.control)
         async with serve_status(Status(), app) as url, httpx.AsyncClient(base_url=url) as client:
-            assert (await client.get("/health")).json() == {"status": "ready", "role": "backend", "problems": {}}
+            assert (await client.get("/health")).json() == {"status": "ready", "role": "backend", "pid": os.getpid(), "problems": {}}
             assert (await client.get("/live")).status_code == 200
             assert "dynamo_component_inflight_requests" in (await client.get("/metrics")).text
             assert (await client.get("/control")).json() == {"actions": ["sleep"]}
