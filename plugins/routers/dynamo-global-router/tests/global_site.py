@@ -76,11 +76,11 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def site(fast: int = 1, slow: int = 1, **options: Any) -> AsyncIterator[Site]:
+async def site(fast: int = 1, slow: int = 1, slow_engine: Use | None = None, **options: Any) -> AsyncIterator[Site]:
     async with bare() as found:
-        for pool, count in (("fast", fast), ("slow", slow)):
+        for pool, count, engine in (("fast", fast, None), ("slow", slow, slow_engine)):
             for _ in range(count):
-                await found.worker(pool)
+                await found.worker(pool, engine)
         await found.router(FAST, SLOW, **options)
         await found.ready()
         yield found

@@ -34,11 +34,7 @@ async def test_a_pool_that_is_gone_is_avoided_said_so_and_used_again_when_it_is_
 
 @pytest.mark.slow
 async def test_a_request_without_output_moves_to_another_pool() -> None:
-    async with bare() as up:
-        await up.worker("fast")
-        await up.worker("slow", sim(pace_ms=400.0))
-        await up.router(FAST, SLOW)
-        await up.ready()
+    async with site(slow_engine=sim(pace_ms=400.0)) as up:
         asking = asyncio.create_task(up.ask(LOOSE))
         await until(lambda: up.serving() == ["slow"])
         await up.kill("slow")
@@ -52,11 +48,7 @@ async def test_a_request_without_output_moves_to_another_pool() -> None:
 
 @pytest.mark.slow
 async def test_after_the_first_output_a_request_stays_in_its_pool() -> None:
-    async with bare() as up:
-        await up.worker("fast")
-        await up.worker("slow", sim(pace_ms=30.0))
-        await up.router(FAST, SLOW)
-        await up.ready()
+    async with site(slow_engine=sim(pace_ms=30.0)) as up:
         generation = await up.cluster.generate(PROMPT, max_tokens=200, hints=LOOSE)
         await generation.read()
         await up.kill("slow")
