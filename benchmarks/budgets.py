@@ -38,6 +38,14 @@ def of(runs: Runs, scenario: str, figure: Callable[[Mapping[str, Any]], float]) 
     return median(values) if values else None
 
 
+def ratio(ours: Runs, theirs: Runs, scenario: str, figure: Callable[[Mapping[str, Any]], float]) -> float | None:
+    """The median over the repeats of ours to theirs, which were measured one right after the other; `None` unless every repeat has both."""
+    pairs = list(zip(ours.get(scenario, ()), theirs.get(scenario, ()), strict=False))
+    if not pairs or len(ours[scenario]) != len(theirs[scenario]) or not all(phase.get("done") for pair in pairs for phase in pair):
+        return None
+    return median(figure(mine) / figure(other) for mine, other in pairs)
+
+
 @attrs.frozen
 class Ratio:
     """Against the peer in the same run."""

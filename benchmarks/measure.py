@@ -1,19 +1,20 @@
-"""One system, started once: idle figures, then its scenarios."""
+"""Systems started side by side: idle figures of each, then scenarios, in which they take turns."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import procstat
 from benchmarks.scenarios import Scenario
-from benchmarks.targets import MODEL, Running, Target, started
+from benchmarks.targets import MODEL, NotReady, Running, Target, started
 
 QUIET = 0.15
 """Cores that others may use when a phase begins."""
@@ -21,14 +22,26 @@ PATIENCE = 5.0
 """Seconds to wait for that."""
 
 
-def measure(target: Target, scenarios: Sequence[Scenario], work: Path, model: Path, *, seed: int, speed: float = 1.0) -> dict[str, Any]:
-    """Scenarios of one pace, one after the other. :param speed: above 1, phases are shorter by that. :raises NotReady: it does not start."""
-    with started(target, work, model, paced=scenarios[0].paced) as running:
-        result: dict[str, Any] = {"ready_s": running.ready_seconds, "idle": idle(running, 4.0 / speed), "scenarios": {}}
+def measure(targets: Mapping[str, Target], scenarios: Sequence[Scenario], work: Path, model: Path, *, seed: int, speed: float = 1.0) -> dict[str, Any]:
+    """Scenarios of one pace. All systems run, and all but one have nothing to do; in each scenario they take turns. One that does not start is left out.
+
+    :param speed: above 1, phases are shorter by that.
+    """
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Running] = {}
+        for name, target in targets.items():
+            try:
+                running[name] = stack.enter_context(started(target, work / name, model, paced=scenarios[0].paced))
+            except NotReady as e:
+                print(f"  {name}: {e}", file=sys.stderr)
+        results: dict[str, Any] = {
+            name: {"ready_s": system.ready_seconds, "idle": idle(system, 4.0 / speed), "scenarios": {}} for name, system in running.items()
+        }
         for scenario in scenarios:
-            wait_for_quiet()
-            result["scenarios"][scenario.name] = load(running, scenario, seed, speed)
-        return result
+            for name, system in running.items():
+                wait_for_quiet()
+                results[name]["scenarios"][scenario.name] = load(system, scenario, seed, speed)
+        return results
 
 
 def idle(running: Running, seconds: float) -> dict[str, float]:

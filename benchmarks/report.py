@@ -17,8 +17,9 @@ _INTRODUCTION = """\
 # Performance
 
 This page is written by `make bench`; `benchmarks/results.json` has every number behind it. CPU is user and system time of the frontend
-process and its children, from `/proc`: engines, workers and clients are other processes and not in it. Figures are medians over the repeats,
-in which the systems take turns. Machines differ, and a machine that others use at the same time is slower for all: trust the ratios.
+process and its children, from `/proc`: engines, workers and clients are other processes and not in it. All systems run side by side and take
+turns within each scenario, all but one with nothing to do; figures are medians over the repeats, and a ratio is the median of those of each
+repeat. Machines differ, and a machine that others use at the same time is slower for all: trust the ratios.
 
 Ours is measured as installed by default, without optional accelerators. Each prompt is a text that was never sent before, of words that
 were. Every answer is checked: status 200, `[DONE]`, a finish reason, and exactly the tokens that were asked for. Anything else is an error.
@@ -57,7 +58,7 @@ def _budgets(results: Results) -> Iterator[str]:
         theirs = of(peer, budget.scenario, budget.figure)
         for name in OURS:
             ours = of(targets[name]["scenarios"], budget.scenario, budget.figure) if name in targets else None
-            ratio = ours / theirs if ours is not None and theirs else None
+            ratio = budgets.ratio(targets[name]["scenarios"], peer, budget.scenario, budget.figure) if name in targets else None
             yield _row(budget.title, name, _number(ours, budget.unit), _number(theirs, budget.unit), "-" if ratio is None else f"{ratio:.2f}",
                        f"<= {budget.limits[name]:g} x", _met(ratio, budget.limits[name]))
     for limit in budgets.LIMITS:

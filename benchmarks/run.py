@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import model, over_vllm, report
 from benchmarks.measure import help_cpu_ms, measure
 from benchmarks.scenarios import ALL
-from benchmarks.targets import OURS, PEER, NotReady, Target, available
+from benchmarks.targets import OURS, PEER, Target, available
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".dynamo/bench"
@@ -35,22 +35,19 @@ ALONE = (*MICRO, "planner", "planner_processes")
 
 
 def run(targets: dict[str, Target], scenarios: list[str], repeats: int, speed: float, folder: Path) -> dict[str, Any]:
-    """All targets in turn, then again, so that what drifts on the machine hits all of them."""
+    """Every repeat starts all targets anew, side by side. They then take turns within each scenario, because a machine that others share
+    drifts by a tenth within minutes: what is compared is measured seconds apart."""
     found: dict[str, Any] = {name: {"idle": [], "ready_s": [], "scenarios": {}} for name in targets}
     names = list(targets)
     for repeat in range(repeats):
         shift = repeat % len(names)
-        for name in names[shift:] + names[:shift]:
-            for paced in (False, True):
-                chosen = [ALL[scenario] for scenario in scenarios if ALL[scenario].paced is paced]
-                if not chosen:
-                    continue
-                print(f"repeat {repeat + 1} of {repeats}: {name}, {', '.join(scenario.name for scenario in chosen)}", file=sys.stderr, flush=True)
-                try:
-                    result = measure(targets[name], chosen, WORK / "run" / name, folder, seed=repeat + 1, speed=speed)
-                except NotReady as e:
-                    print(f"  {name}: {e}", file=sys.stderr)
-                    continue
+        turns = {name: targets[name] for name in names[shift:] + names[:shift]}
+        for paced in (False, True):
+            chosen = [ALL[scenario] for scenario in scenarios if ALL[scenario].paced is paced]
+            if not chosen:
+                continue
+            print(f"repeat {repeat + 1} of {repeats}: {', '.join(scenario.name for scenario in chosen)}", file=sys.stderr, flush=True)
+            for name, result in measure(turns, chosen, WORK / "run", folder, seed=repeat + 1, speed=speed).items():
                 found[name]["idle"].append(result["idle"])
                 found[name]["ready_s"].append(result["ready_s"])
                 for scenario, phase in result["scenarios"].items():
