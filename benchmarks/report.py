@@ -21,8 +21,9 @@ process and its children, from `/proc`: engines, workers and clients are other p
 turns within each scenario, all but one with nothing to do; figures are medians over the repeats, and a ratio is the median of those of each
 repeat. Machines differ, and a machine that others use at the same time is slower for all: trust the ratios.
 
-Ours is measured as installed by default, without optional accelerators. Each prompt is a text that was never sent before, of words that
-were. Every answer is checked: status 200, `[DONE]`, a finish reason, and exactly the tokens that were asked for. Anything else is an error.
+Ours is measured as installed by default, without optional accelerators; no system logs its requests. Each prompt is a text that was never
+sent before, of words that were. Every answer is checked: status 200, `[DONE]`, a finish reason, and exactly the tokens that were asked for.
+Anything else is an error.
 """
 
 _COMPARING = """\

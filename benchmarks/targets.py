@@ -46,8 +46,9 @@ def _ours(http_server: str) -> Target:
     def make(work: Path, model: Path, paced: bool, port: int) -> list[Command]:
         stack = work / "stack.toml"
         timing = f"pace_ms = {PACE_MS}" if paced else "speedup = 0"
+        # Neither system logs its requests (see DYN_LOG below).
         stack.write_text(
-            f'[discovery]\nuse = "file"\npath = "{work}/discovery"\n\n[frontend]\nport = {port}\nhttp_server = "{http_server}"\n\n'
+            f'[observability]\nlog_level = "error"\n\n[discovery]\nuse = "file"\npath = "{work}/discovery"\n\n[frontend]\nport = {port}\nhttp_server = "{http_server}"\n\n'
             f'[[workers]]\ncount = 2\nengine = {{ use = "sim", model = "{MODEL}", model_path = "{model}", {timing}, max_sequences = 1024 }}\n'
         )
         # As `pip install dynamo-core` gives it: an accelerator that happens to be installed must not flatter the figures.
