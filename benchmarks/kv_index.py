@@ -68,8 +68,8 @@ def lookup(workers: int, blocks: int, kind: str) -> float:
         index.add(worker, keys[:depth])
     for i in range(NOISE):
         index.add(fleet[i % workers], np.array(hashes(100 + i, 32), np.uint64))
-    assert index.match(hasher.keys(prompt)).depths(fleet).tolist() == depths(kind, workers, blocks)
-    return lower_quartile(lambda: index.match(hasher.keys(prompt)).depths(fleet), calls_for(blocks))
+    assert index.depths(hasher.keys(prompt), fleet).tolist() == depths(kind, workers, blocks)
+    return lower_quartile(lambda: index.depths(hasher.keys(prompt), fleet), calls_for(blocks))
 
 
 def lookups(peer: Peer | None, quick: bool) -> None:

@@ -15,6 +15,7 @@ from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.types import Instance
 from dynamo_kv_router.grain import Grain
 from dynamo_kv_router.provider import KvIndex
+from dynamo_kv_router.store import Choice
 
 FLEET = tuple(Worker(i) for i in range(3))
 
@@ -60,9 +61,9 @@ def history(rng: random.Random):
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("every", [32, 64, 100])
-def test_overlaps_of_a_coarse_index_are_those_of_a_fine_one_rounded_down(seed: int, every: int) -> None:
+def test_overlaps_of_a_coarse_index_are_those_of_a_fine_one_rounded_down(seed: int, every: int, store: Choice) -> None:
     rng = random.Random(seed)
-    fine, coarse = provider(0), provider(every)
+    fine, coarse = provider(0, store=store), provider(every, store=store)
     grain = every // 16 * 16
     asked: list[list[int]] = []
     for worker in FLEET:
@@ -75,8 +76,8 @@ def test_overlaps_of_a_coarse_index_are_those_of_a_fine_one_rounded_down(seed: i
         assert overlaps(coarse, prompt) == [tokens // grain * grain for tokens in overlaps(fine, prompt)]
 
 
-def test_what_was_sent_is_kept_at_the_same_grain() -> None:
-    found, prompt = provider(64, mode="approximate"), list(range(500))
+def test_what_was_sent_is_kept_at_the_same_grain(store: Choice) -> None:
+    found, prompt = provider(64, mode="approximate", store=store), list(range(500))
     found.booked(RoutingRequest("r", "m", prompt, 500), FLEET[1], 0)
     assert overlaps(found, prompt[:200]) == [0, 192, 0]
     assert overlaps(found, prompt[:63]) == [0, 0, 0]

@@ -1,18 +1,15 @@
-"""Which worker holds how long a prefix: `{prefix key: bit mask of workers}`, in pure Python.
+"""Which worker holds how long a prefix.
 
 It relies on one property: a worker that holds a block holds everything before it. `dynamo_core.kv.Chains` makes sure of it, whatever the
 engine evicts. Then the workers that hold the last block of a prompt hold all of it, and the depth of each other worker is found by
 probing, not by walking.
 
-Keys are spread over many small dictionaries, because a dictionary that grows copies itself: one of a million keys stops the process for
-60 ms, one of twenty thousand for less than one. A level (device, host, ...) has a store of its own.
+A level (device, host, ...) has a store of its own, which knows workers by their slots: small numbers that are used again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import islice, repeat
-from operator import call, itemgetter, or_
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,115 +17,27 @@ from numpy.typing import NDArray
 from dynamo_core.kv import LEVELS, Change, Op
 from dynamo_core.kv.hashing import Keys
 from dynamo_core.routing.contract import Worker
-
-Group = tuple[int, int]
-"""Depth in blocks, and the mask of the workers whose prefix ends there."""
-Depths = NDArray[np.int32]
+from dynamo_kv_router.store import Choice, Depths, Store, kind_of
 
 SENT = len(LEVELS)
 """A level of its own for what workers are only believed to hold, because it was sent to them."""
 
 
-class Store:
-    """One level. Knows slots (bits), not workers."""
-
-    def __init__(self, shards: int, room: int) -> None:
-        """:param room: keys that one shard may hold; when it has more, its oldest eighth is forgotten."""
-        self.room = room
-        self._mask = np.uint64(shards - 1)
-        self._shift = np.uint64(_shift(shards - 1))
-        self._shards: list[dict[int, int]] = [{} for _ in range(shards)]
-        self._setdefault = [shard.setdefault for shard in self._shards]
-        self._pop = [shard.pop for shard in self._shards]
-        self.get = [shard.get for shard in self._shards]
-        """By shard."""
-        self.forgotten = 0
-        """Keys dropped for want of room."""
-        self._turn = 0
-
-    def __len__(self) -> int:
-        return sum(map(len, self._shards))
-
-    def shards_of(self, keys: Keys) -> list[int]:
-        return ((keys >> self._shift) & self._mask).tolist()
-
-    def add(self, keys: Keys, bit: int) -> None:
-        names, shards = keys.tolist(), self.shards_of(keys)
-        masks = _each(self._setdefault, shards, names, bit)
-        if masks.count(bit) != len(masks):
-            old = new = 0
-            for shard, key, mask in zip(shards, names, masks, strict=True):
-                if not mask & bit:
-                    if mask != old:
-                        # Neighbours mostly have the same holders: they share one number.
-                        old, new = mask, mask | bit
-                    self._shards[shard][key] = new
-
-    def remove(self, keys: Keys, bit: int) -> None:
-        names, shards = keys.tolist(), self.shards_of(keys)
-        masks = _each(self._pop, shards, names, bit)
-        if masks.count(bit) != len(masks):
-            old = new = 0
-            for shard, key, mask in zip(shards, names, masks, strict=True):
-                if mask != bit:
-                    if mask != old:
-                        old, new = mask, mask & ~bit
-                    self._shards[shard][key] = new
-
-    def sweep(self, shard: int, dead: int) -> None:
-        """Forget the workers of `dead` in one shard."""
-        entries = self._shards[shard]
-        for key in [key for key, mask in entries.items() if mask & dead]:
-            if left := entries[key] & ~dead:
-                entries[key] = left
-            else:
-                del entries[key]
-
-    def keep_room(self, added: int) -> None:
-        """Look at a few shards in turn, in step with what is added, and forget the oldest keys of those that are over their room."""
-        for _ in range(1 + added // 16):
-            self._turn = (self._turn + 1) % len(self._shards)
-            shard = self._shards[self._turn]
-            if len(shard) > self.room:
-                for key in list(islice(shard, len(shard) - self.room + self.room // 8)):
-                    del shard[key]
-                    self.forgotten += 1
-
-
-def _each(methods: Sequence[Callable[[int, int], int]], shards: Sequence[int], names: Sequence[int], mask: int) -> list[int]:
-    """`methods[shard](name, mask)` of every name, without a loop in Python."""
-    if len(names) < 2:
-        return [methods[shard](name, mask) for shard, name in zip(shards, names, strict=True)]
-    return list(map(call, itemgetter(*shards)(methods), names, repeat(mask)))  # pyright: ignore[reportArgumentType]
-
-
-class Match:
-    """What one prompt found: who holds how much of it."""
-
-    __slots__ = ("_index", "groups")
-
-    def __init__(self, index: Index, groups: list[Group]) -> None:
-        self._index = index
-        self.groups = groups
-        """Each worker that holds at least one block is in exactly one group."""
-
-    def depths(self, workers: Sequence[Worker]) -> Depths:
-        """Blocks that each worker holds, in the order of `workers`."""
-        rows = self._index.rows(workers)
-        return _spread(self.groups, self._index.width)[rows] if self.groups else np.zeros(len(rows), np.int32)
-
-
 class Index:
-    """Bounded: `limit` keys a level (about 90 bytes each); beyond it the oldest are forgotten, so that overlaps are under-, never overstated."""
+    """Bounded: `limit` keys a level; beyond it the oldest are forgotten, so that overlaps are under-, never overstated."""
 
-    def __init__(self, limit: int = 8_000_000, shards: int | None = None) -> None:
-        """:param shards: a power of two; by default as many as keep each below 16,384 keys."""
-        shards = 1 << (limit // 16384).bit_length() if shards is None else shards
+    def __init__(self, limit: int = 8_000_000, shards: int | None = None, store: Choice = "auto") -> None:
+        """:param shards: a power of two; by default as many as keep each short of what the store can do at once.
+
+        :raises ValueError: the store is not installed.
+        """
+        self.kind = kind_of(store)
+        shards = min(1 << (limit // self.kind.shard).bit_length(), 2**16) if shards is None else shards
         if not 1 <= shards <= 2**16 or shards & (shards - 1):
             raise ValueError(f"the number of shards must be a power of two, at most 65536, not {shards}")
         self._limit = limit
         self._shards = shards
-        self._store: dict[int, Store] = {0: Store(shards, max(1, limit // shards))}
+        self._store: dict[int, Store] = {0: self.kind.make(shards, max(1, limit // shards))}
         self._slots: dict[Worker, int] = {}
         self._free: list[int] = []
         self._used = 0
@@ -210,15 +119,14 @@ class Index:
     def add(self, worker: Worker, keys: Keys, level: int = 0) -> None:
         if (slot := self._slots.get(worker)) is not None:
             if (store := self._store.get(level)) is None:
-                store = self._store[level] = Store(self._shards, max(1, self._limit // self._shards))
+                store = self._store[level] = self.kind.make(self._shards, max(1, self._limit // self._shards))
                 self._levels = sorted(self._store)
-            store.add(keys, 1 << slot)
-            store.keep_room(len(keys))
+            store.add(keys, slot)
             self.tidy()
 
     def remove(self, worker: Worker, keys: Keys, level: int = 0) -> None:
         if (slot := self._slots.get(worker)) is not None and (store := self._store.get(level)) is not None:
-            store.remove(keys, 1 << slot)
+            store.remove(keys, slot)
             self.tidy()
 
     def apply(self, worker: Worker, change: Change) -> None:
@@ -236,124 +144,19 @@ class Index:
         """Levels that have ever held something, the device always."""
         return self._levels
 
-    def match(self, keys: Keys, level: int = 0, *, sent: bool = False) -> Match:
-        """Who holds how much of the chain `keys`, counting what is at `level` and nearer, and what was `sent`. Exact."""
-        gets = [self._store[known].get for known in self._levels if known <= level or (sent and known == SENT)]
-        return Match(self, _groups(keys, gets, self._shards - 1, self._live))
+    def depths(self, keys: Keys, workers: Sequence[Worker], level: int = 0, *, sent: bool = False) -> Depths:
+        """Blocks of the chain `keys` that each worker holds at `level` and nearer, and by what it was `sent`. Exact."""
+        others = tuple([self._store[known] for known in self._levels if 0 < known <= level or (sent and known == SENT)])
+        return self._by_slot(keys, others, self._live)[self.rows(workers)]
 
     def depth(self, worker: Worker, keys: Keys) -> int:
         """Blocks of the chain that one worker holds on its device."""
         if (slot := self._slots.get(worker)) is None:
             return 0
-        groups = _groups(keys, [self._store[0].get], self._shards - 1, 1 << slot)
-        return groups[0][0] if groups else 0
+        return int(self._by_slot(keys, (), 1 << slot)[slot])
 
-
-def _groups(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], shards: int, live: int) -> list[Group]:
-    """Split the chain where the set of holders changes, by bisection: where both ends have the same holders, so has everything between."""
-    last = len(keys) - 1
-    if last < 0:
-        return []
-    probe = _prober(keys, gets, shards)
-    lo, here = 0, probe(0) & live
-    if not here:
-        return []
-    end = probe(last) & here if last else here
-    groups: list[Group] = []
-    right: list[Group] = [(last, end)]
-    """Positions beyond `lo` whose holders are known, the nearest last."""
-    while right:
-        hi, there = right[-1]
-        if here == there:
-            lo = hi
-            right.pop()
-        elif hi - lo == 1:
-            groups.append((hi, here & ~there))
-            lo, here = hi, there
-            right.pop()
-            if here and len(groups) == _MANY and lo < _MANY * _CLOSE:
-                groups += _walk(keys[lo + 1 :], gets, shards, here, lo + 1)
-                return groups
-        else:
-            mid = (lo + hi) >> 1
-            between = probe(mid) & here
-            if between == here:
-                lo = mid
-            elif between == there:
-                right[-1] = (mid, there)
-            else:
-                right.append((mid, between))
-    if here:
-        groups.append((last + 1, here))
-    return groups
-
-
-_MANY, _CLOSE = 6, 20
-"""After `_MANY` groups, on average less than `_CLOSE` blocks apart, it is cheaper to read what is left than to probe it."""
-
-
-def _prober(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], shards: int) -> Callable[[int], int]:
-    """The mask of a block by its position, over all levels."""
-    item = keys.item
-    shift = _shift(shards)
-    if len(gets) == 1:
-        (get,) = gets
-
-        def one(i: int) -> int:
-            key: int = item(i)
-            return get[key >> shift & shards](key, 0)
-
-        return one
-
-    def several(i: int) -> int:
-        key: int = item(i)
-        mask = 0
-        for get in gets:
-            mask |= get[key >> shift & shards](key, 0)
-        return mask
-
-    return several
-
-
-def _walk(keys: Keys, gets: Sequence[Sequence[Callable[[int, int], int]]], shards: int, here: int, depth: int) -> list[Group]:
-    """The groups of what is left of a chain, block by block."""
-    names = keys.tolist()
-    places: list[int] = (keys >> np.uint64(_shift(shards)) & np.uint64(shards)).tolist()
-    masks = _each(gets[0], places, names, 0)
-    for get in gets[1:]:
-        masks = list(map(or_, masks, _each(get, places, names, 0)))
-    groups: list[Group] = []
-    for i, mask in enumerate(masks):
-        if mask & here != here:
-            left = mask & here
-            groups.append((depth + i, here & ~left))
-            here = left
-            if not here:
-                return groups
-    groups.append((depth + len(masks), here))
-    return groups
-
-
-def _shift(shards: int) -> int:
-    """Keys end, at the top, in 16 bits of depth; the bits below them choose the shard."""
-    return 48 - shards.bit_length()
-
-
-def _spread(groups: Sequence[Group], width: int) -> Depths:
-    """Depth by slot; one more slot, for workers that have none, has depth 0."""
-    depths = np.zeros(width + 1, np.int32)
-    size = (width + 7) >> 3
-    if len(groups) <= 4:
-        for depth, mask in groups:
-            if mask & (mask - 1):
-                bits = np.unpackbits(np.frombuffer(mask.to_bytes(size, "little"), np.uint8), count=width, bitorder="little")
-                depths[:width][bits.view(bool)] = depth
-            else:
-                depths[mask.bit_length() - 1] = depth
+    def _by_slot(self, keys: Keys, others: tuple[Store, ...], live: int) -> Depths:
+        """One more than there are slots, of depth 0: for workers that have none."""
+        depths = np.zeros(self._used + 1, np.int32)
+        self._store[0].depths(keys, others, live, depths)
         return depths
-    masks = np.frombuffer(b"".join([mask.to_bytes(size, "little") for _, mask in groups]), np.uint8)
-    found = masks.nonzero()[0]
-    row, bit = np.unpackbits(masks[found].reshape(-1, 1), axis=1, bitorder="little").nonzero()
-    place = found[row]
-    depths[place % size * 8 + bit] = np.array([depth for depth, _ in groups], np.int32)[place // size]
-    return depths

@@ -35,6 +35,7 @@ from dynamo_kv_router.index import SENT, Index
 from dynamo_kv_router.keys import LOCAL_SECRET, hasher_for, keys_of
 from dynamo_kv_router.recent import Recent
 from dynamo_kv_router.source import Source
+from dynamo_kv_router.store import Choice, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,10 @@ _decode_sent = msgspec.msgpack.Decoder(tuple[int, int, list[tuple[int, int, floa
 Columns = Mapping[Fact[Any], Sequence[Any]]
 
 
+def _installed(_: object, attribute: object, store: Choice) -> None:
+    kind_of(store)
+
+
 @attrs.define(eq=False)
 class KvIndex:
     """Options of the provider. Its state follows the fleet of one router."""
@@ -70,6 +75,8 @@ class KvIndex:
     every: int = attrs.field(default=0, validator=v.ge(0))
     """Tokens for which the index keeps one key, in whole blocks; 0 keeps each block. 64 with blocks of 16 takes a quarter of the memory and
     half of the work, and overlaps are rounded down to 64 tokens."""
+    store: Choice = attrs.field(default="auto", validator=[v.in_(["auto", "python", "native"]), _installed])
+    """Where the index keeps its keys: `python`, or `native`, compiled, where `dynamo-kv-native` is installed. `auto` takes the latter where it can."""
     silence: float = attrs.field(default=5.0, validator=v.gt(0), metadata={"duration": True})
     """Seconds without a sign of life after which a worker that should publish events counts as degraded."""
 
@@ -130,7 +137,7 @@ class KvIndex:
         """From now on keys are these; what was known under others is of no use."""
         self._secret, self.hasher = secret, hasher_for(secret, block_size)
         self._grain = Grain(self.every, block_size)
-        self.index = Index(self.limit)
+        self.index = Index(self.limit, store=self.store)
         self._recent = Recent(self.index, self.limit)
         self._chains.clear()
         for source in self._sources.values():
@@ -163,15 +170,15 @@ class KvIndex:
             return self._still
         self._recent.expire(now)
         columns: dict[Fact[Any], Any] = dict(self._still)
-        reached = self.index.match(keys).depths(workers)
+        reached = self.index.depths(keys, workers)
         if len(self._recent):
-            likely = self.index.match(keys, sent=True).depths(workers)
+            likely = self.index.depths(keys, workers, sent=True)
             columns[PREDICTED_TOKENS] = (likely - reached) * size
             reached = likely
         columns[OVERLAP_TOKENS] = reached * size
         for level in self.index.levels:
             if 0 < level < SENT:
-                deeper = self.index.match(keys, level, sent=True).depths(workers)
+                deeper = self.index.depths(keys, workers, level, sent=True)
                 columns[OVERLAPS[level]] = (deeper - reached) * size
                 reached = deeper
         return columns
