@@ -10,7 +10,6 @@ import importlib
 import importlib.metadata
 import inspect
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import attrs
 
 from dynamo_core.errors import ConfigError, Problem
-from dynamo_vllm import orphan
+from dynamo_vllm import orphan, side_channel
 
 SUPPORTED = "0.32"
 """The minor version that the tests run against; another is tried, and refused only if a call that we need has changed."""
@@ -178,9 +177,10 @@ def _unknown(vllm: Vllm, name: str, known: Sequence[str]) -> Problem:
 
 
 def launch(vllm: Vllm, config: Any, start_method: str, stat_logger: Callable[..., Any]) -> Any:
-    """Start the engine core, load the model. Takes long and blocks."""
+    """Start the engine core, load the model. Takes long and blocks. :raises ConfigError: NIXL's side channel cannot be opened."""
     prepare(start_method)
-    return vllm.AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger])
+    with side_channel.reserve(config):
+        return vllm.AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger])
 
 
 def prepare(start_method: str) -> None:
@@ -230,7 +230,6 @@ def kv_transfer_config(vllm: Vllm, role: str, options: Mapping[str, Any]) -> Any
     ours: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_load_failure_policy": "recompute"}
     if vllm.on_cpu:
         ours["kv_buffer_device"] = "cpu"
-    _side_channel()
     try:
         return vllm.KVTransferConfig(**{**ours, **options})
     except (ValueError, TypeError) as e:
@@ -255,21 +254,6 @@ def handover_terms(vllm: Vllm, config: Any) -> dict[str, str | int]:
     if not connector.startswith("Nixl"):
         terms["tensor_parallel"] = config.parallel_config.tensor_parallel_size
     return terms
-
-
-_chosen: set[str] = set()
-"""Ports that we have chosen, which are not the operator's word."""
-
-
-def _side_channel() -> None:
-    """NIXL's handshake needs a port of its own for each engine, and an address that the other workers reach."""
-    os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
-    given = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
-    if given is None or given in _chosen:
-        with socket.create_server(("", 0)) as listener:
-            port = str(listener.getsockname()[1])
-        _chosen.add(port)
-        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = port
 
 
 PREFILL_ONLY: Mapping[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}

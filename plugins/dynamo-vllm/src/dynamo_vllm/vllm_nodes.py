@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from dynamo_core.errors import ConfigError, Problem
+from dynamo_vllm import side_channel
 from dynamo_vllm.nodes import Place
 from dynamo_vllm.vllm_api import SUPPORTED, Vllm, attr, prepare
 
@@ -42,19 +43,27 @@ def launch_headless(vllm: Vllm, config: Any, start_method: str) -> Processes:
     """Start what a node without a head runs, as `vllm serve --headless` does. :raises ConfigError: this vLLM does it in another way."""
     prepare(start_method)
     parallel = config.parallel_config
-    try:
-        executor_class = attr("vllm.v1.executor", "Executor").get_class(config)
-        if parallel.node_rank_within_dp > 0:
-            executor = executor_class(config, monitor_workers=False)
-            return Processes([worker.proc for worker in executor.workers], lambda _: executor.shutdown())
-        manager = attr("vllm.v1.engine.utils", "CoreEngineProcManager")(
-            local_engine_count=parallel.data_parallel_size_local, start_index=parallel.data_parallel_rank, local_start_index=0, vllm_config=config,
-            local_client=False, executor_class=executor_class, log_stats=True,
-            handshake_address=attr("vllm.utils.network_utils", "get_tcp_uri")(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port),
-        )  # fmt: skip
-        return Processes(manager.processes, lambda seconds: manager.shutdown(timeout=seconds))
-    except (ImportError, AttributeError, TypeError) as e:
-        raise ConfigError(Problem(f"vLLM {vllm.version} has no headless nodes that this plugin can drive: {e}", remedy=f"install vLLM {SUPPORTED}.x")) from e
+    with side_channel.reserve(config) as reserved:
+        try:
+            executor_class = attr("vllm.v1.executor", "Executor").get_class(config)
+            if parallel.node_rank_within_dp > 0:
+                executor = executor_class(config, monitor_workers=False)
+                return Processes([worker.proc for worker in executor.workers], lambda _: executor.shutdown())
+            manager = attr("vllm.v1.engine.utils", "CoreEngineProcManager")(
+                local_engine_count=parallel.data_parallel_size_local, start_index=parallel.data_parallel_rank, local_start_index=0, vllm_config=config,
+                local_client=False, executor_class=executor_class, log_stats=True,
+                handshake_address=attr("vllm.utils.network_utils", "get_tcp_uri")(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port),
+            )  # fmt: skip
+        except (ImportError, AttributeError, TypeError) as e:
+            raise ConfigError(Problem(f"vLLM {vllm.version} has no headless nodes that this plugin can drive: {e}",
+                                      remedy=f"install vLLM {SUPPORTED}.x")) from e  # fmt: skip
+        ports = reserved.pop_all()  # nobody says here when the cores have bound them
+
+    def end(seconds: float) -> None:
+        ports.close()
+        manager.shutdown(timeout=seconds)
+
+    return Processes(manager.processes, end)
 
 
 def kv_sources(engine: Any) -> dict[int, tuple[str, str]]:
