@@ -11,6 +11,10 @@ STACK_vllm     := samples/quickstart-vllm.toml
 VLLM   := .venv-vllm
 SMOLLM := .cache/models/smollm2/config.json
 
+# Every process that a test starts would otherwise compile what the one before has compiled. Kept in the environment, not beside the sources.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
+
 .PHONY: demo test quick slow slow-vllm lint bench peers chaos servers kube-apiserver clean
 .DEFAULT_GOAL := demo
 
@@ -57,7 +61,7 @@ tests = timeout -k 30 $(1) $(2) -m pytest -q $(3) $(4) || { echo "once more, onl
 test: lint quick slow slow-vllm
 
 quick: servers $(VENV)/.developing
-	$(call tests,1200,$(BIN)/python,-m "not slow",-n 4)
+	$(call tests,1200,$(BIN)/python,-m "not slow",-n 4 --dist worksteal)
 
 slow: servers kube-apiserver $(VENV)/.developing
 	$(call tests,2400,$(BIN)/python,-m slow)

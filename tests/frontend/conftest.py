@@ -75,7 +75,8 @@ async def running(
     await asyncio.wait((task, port), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port.result()}", timeout=30) as client:
+    # Without TLS there is nothing to verify, and reading the certificates of the world takes longer than most tests.
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port.result()}", verify=False, timeout=30) as client:
         yield Site(app, model, catalog, registry, port.result(), stop, task, client, finished)
     stop.set()
     async with asyncio.timeout(30):
