@@ -1,8 +1,9 @@
 """The KV index beside ai-dynamo's: its `RadixTree` through its Python bindings, and its standalone indexer (Rust, from ZeroMQ to tree).
 
-    python -m benchmarks.kv_index [--peer PYTHON] [--quick]
+    python -m benchmarks.kv_index [--peer PYTHON] [--store python|native] [--quick]
 
-Both sides run in turn on the same machine and the same data; a ratio below 1 means that ours is cheaper. Without a Python that has ai-dynamo
+Both stores of ours are measured, where `dynamo-kv-native` is installed. All sides run in turn on the same machine and the same data; a ratio
+below 1 means that ours is cheaper. Without a Python that has ai-dynamo
 (`--peer`, or `DYNAMO_PEER_PYTHON`) there are only our own figures. Nothing is asserted.
 """
 
@@ -14,13 +15,14 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.kv_index_pipe import pipelines
-from benchmarks.kv_index_scenes import BLOCK, KINDS, NOISE, calls_for, depths, hashes, lower_quartile, tokens
+from benchmarks.kv_index_scenes import BLOCK, KINDS, NOISE, calls_for, compared, depths, hashes, lower_quartile, tokens
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Router as RouterConfig
 from dynamo_core.config.schema import Use
@@ -33,6 +35,7 @@ from dynamo_core.routing.stack import build_stack
 from dynamo_core.types import Instance
 from dynamo_kv_router.index import Index
 from dynamo_kv_router.provider import KvIndex
+from dynamo_kv_router.store import Choice, kind_of
 
 SECRET = b"benchmark"
 
@@ -59,9 +62,9 @@ class Peer:
 # ------------------------------------------------------------------ lookup
 
 
-def lookup(workers: int, blocks: int, kind: str) -> float:
+def lookup(store: Choice, workers: int, blocks: int, kind: str) -> float:
     """From tokens to the depth of each worker, in microseconds."""
-    index, hasher, prompt = Index(), Hasher(SECRET, BLOCK), tokens(1, blocks)
+    index, hasher, prompt = Index(store=store), Hasher(SECRET, BLOCK), tokens(1, blocks)
     fleet, keys = tuple(Worker(i) for i in range(workers)), hasher.keys(prompt)
     for worker, depth in zip(fleet, depths(kind, workers, blocks), strict=True):
         index.join(worker)
@@ -72,27 +75,29 @@ def lookup(workers: int, blocks: int, kind: str) -> float:
     return lower_quartile(lambda: index.depths(hasher.keys(prompt), fleet), calls_for(blocks))
 
 
-def lookups(peer: Peer | None, quick: bool) -> None:
-    print("\nlookup, tokens to depth per worker: us ours / us RadixTree = ratio")
-    print(f"{'workers':>8} {'blocks':>7}  " + "  ".join(f"{kind:>24}" for kind in KINDS))
+def lookups(peer: Peer | None, stores: Sequence[Choice], quick: bool) -> None:
+    print(f"\nlookup, tokens to depth per worker, us: {', '.join(stores)}{' / RadixTree = ratios' if peer else ''}")
+    print(f"{'workers':>8} {'blocks':>7}  " + "  ".join(f"{kind:>30}" for kind in KINDS))
     for blocks in (32, 512, 4096):
         for workers in (4, 64) if quick else (4, 64, 512, 1024):
             cells: list[str] = []
             for kind in KINDS:
-                ours, theirs = lookup(workers, blocks, kind), None
-                if peer is not None:
-                    theirs = min(peer("lookup", workers=workers, blocks=blocks, kind=kind) for _ in range(2))
-                    ours = min(ours, lookup(workers, blocks, kind))
-                cells.append(f"{ours:>24.1f}" if theirs is None else f"{f'{ours:.1f}/{theirs:.1f} = {ours / theirs:.2f}':>24}")
+                ours, theirs = dict.fromkeys(stores, float("inf")), float("inf")
+                for _ in range(2):
+                    for store in stores:
+                        ours[store] = min(ours[store], lookup(store, workers, blocks, kind))
+                    if peer is not None:
+                        theirs = min(theirs, peer("lookup", workers=workers, blocks=blocks, kind=kind))
+                cells.append(f"{compared(ours.values(), theirs, 1):>30}")
             print(f"{workers:>8} {blocks:>7}  " + "  ".join(cells), flush=True)
 
 
 # ------------------------------------------------------------------ changes
 
 
-def change(blocks: int, total: int, workers: int) -> dict[str, float]:
+def change(store: Choice, blocks: int, total: int, workers: int) -> dict[str, float]:
     """Nanoseconds of CPU a block, in events of `blocks`: at the router by keys, and from the engine's events on (relay and index together)."""
-    hasher, index, raw = Hasher(SECRET, BLOCK), Index(), Index()
+    hasher, index, raw = Hasher(SECRET, BLOCK), Index(store=store), Index(store=store)
     fleet = [Worker(i) for i in range(workers)]
     chains = {worker: Chains(hasher) for worker in fleet}
     for worker in fleet:
@@ -131,17 +136,22 @@ def change(blocks: int, total: int, workers: int) -> dict[str, float]:
     }
 
 
-def changes(peer: Peer | None, quick: bool) -> None:
-    print("\nchanges, CPU ns a block of 16 tokens, 64 workers; RadixTree reads JSON that is ready and is not charged for hashing")
+def changes(peer: Peer | None, stores: Sequence[Choice], quick: bool) -> None:
+    print(f"\nchanges, CPU ns a block of 16 tokens, 64 workers: {', '.join(stores)}{' / RadixTree = ratios' if peer else ''}")
+    print("RadixTree reads JSON that is ready and is not charged for hashing")
     for blocks in (1, 8, 32, 512):
         total = 20_000 if blocks == 1 or quick else 200_000
-        ours = [change(blocks, total, 64) for _ in range(2)]
-        theirs = [peer("change", blocks=blocks, total=total, workers=64) for _ in range(2)] if peer else []
+        ours: dict[Choice, list[dict[str, float]]] = {store: [] for store in stores}
+        theirs: list[dict[str, float]] = []
+        for _ in range(3):
+            for store in stores:
+                ours[store].append(change(store, blocks, total, 64))
+            if peer is not None:
+                theirs.append(peer("change", blocks=blocks, total=total, workers=64))
         cells: list[str] = []
-        for what in ours[0]:
-            mine = min(run[what] for run in ours)
-            other = min((run[what.partition(",")[0]] for run in theirs), default=None)
-            cells.append(f"{what} {mine:.0f}" + (f"/{other:.0f} = {mine / other:.2f}" if other else ""))
+        for what in ours[stores[0]][0]:
+            other = min((run[what.partition(",")[0]] for run in theirs), default=float("inf"))
+            cells.append(f"{what} {compared([min(run[what] for run in runs) for runs in ours.values()], other)}")
         print(f"{blocks:>5} an event:  " + ";  ".join(cells), flush=True)
 
 
@@ -152,14 +162,14 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def memory(total: int, copies: int) -> None:
+def memory(store: Choice, total: int, copies: int) -> None:
     """In a process of its own, so that the figure is the index's alone."""
-    code = f"from benchmarks.kv_index import grow; grow({total}, {copies})"
+    code = f"from benchmarks.kv_index import grow; grow({store!r}, {total}, {copies})"
     subprocess.run([os.sys.executable, "-c", code], check=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def grow(total: int, copies: int) -> None:
-    rng, index, workers = np.random.default_rng(1), Index(limit=max(8_000_000, 2 * total)), [Worker(i) for i in range(64)]
+def grow(store: Choice, total: int, copies: int) -> None:
+    rng, index, workers = np.random.default_rng(1), Index(limit=max(8_000_000, 2 * total), store=store), [Worker(i) for i in range(64)]
     for worker in workers:
         index.join(worker)
     gc.collect()
@@ -179,19 +189,19 @@ def grow(total: int, copies: int) -> None:
         began = time.thread_time_ns()
         index.tidy()
         sweep = max(sweep, time.thread_time_ns() - began)
-    print(f"{total:>10} blocks, {copies} holders each: {size / total:.0f} B a block; longest add of 32: {longest / 1e6:.2f} ms; "
+    print(f"{store:>8} {total:>10} blocks, {copies} holders each: {size / total:.0f} B a block; longest add of 32: {longest / 1e6:.2f} ms; "
           f"a worker leaves in {drop / 1e3:.0f} us, longest sweep {sweep / 1e6:.2f} ms", flush=True)
 
 
 # ------------------------------------------------------------------ decisions
 
 
-def decisions() -> None:
-    print("\none decision, record kept: us of CPU, prompt of 512 blocks, system prompt everywhere and one owner")
+def decisions(store: Choice) -> None:
+    print(f"\none decision, record kept: us of CPU, prompt of 512 blocks, system prompt everywhere and one owner; {store} store")
     plugins = Plugins.load()
     for scorers in ((Use("kv-overlap"),), (Use("kv-overlap"), Use("load", weight=0.5))):
         for size in (8, 64, 1024):
-            router = Router("model", build_stack(RouterConfig(scorers=scorers), plugins))
+            router = Router("model", build_stack(RouterConfig(scorers=scorers, facts=(Use("kv-index", {"store": store}),)), plugins))
             provider: KvIndex = next(part.component for part in router.providers if part.use == "kv-index")
             prompt = tokens(1, 512)
             for worker, depth in enumerate(depths("system prompt", size, 512), 1):
@@ -215,25 +225,29 @@ def decisions() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", default=os.environ.get("DYNAMO_PEER_PYTHON"), help="a Python that has ai-dynamo")
+    parser.add_argument("--store", choices=["python", "native"], help="measure this store alone")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=["lookups", "changes", "pipelines", "memory", "decisions"])
     arguments = parser.parse_args()
     peer = Peer(arguments.peer) if arguments.peer else None
     wanted = arguments.only
+    stores: Sequence[Choice] = (arguments.store,) if arguments.store else ("python", "native") if kind_of("auto").name == "native" else ("python",)
     if wanted in (None, "decisions"):
-        decisions()
+        for store in stores:
+            decisions(store)
     if wanted in (None, "lookups"):
-        lookups(peer, arguments.quick)
+        lookups(peer, stores, arguments.quick)
     if wanted in (None, "changes"):
-        changes(peer, arguments.quick)
+        changes(peer, stores, arguments.quick)
     if peer is not None:
         peer.close()
     if wanted in (None, "pipelines"):
-        pipelines(arguments.peer, arguments.quick)
+        pipelines(arguments.peer, stores, arguments.quick)
     if wanted in (None, "memory"):
         print("\nmemory and pauses (CPU time of the thread)")
         for total, copies in ((100_000, 1), (1_000_000, 1), (1_000_000, 4), *(() if arguments.quick else ((10_000_000, 1),))):
-            memory(total, copies)
+            for store in stores:
+                memory(store, total, copies)
 
 
 if __name__ == "__main__":

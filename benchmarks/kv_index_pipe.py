@@ -21,7 +21,7 @@ import msgspec
 import zmq
 from prometheus_client import CollectorRegistry
 
-from benchmarks.kv_index_scenes import hashes
+from benchmarks.kv_index_scenes import compared, hashes
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Config, Kv, Secret, Use
 from dynamo_core.config.schema import Router as RouterConfig
@@ -38,6 +38,7 @@ from dynamo_core.runtime.relay import KvRelay
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.types import Instance
 from dynamo_kv_router.index import Index
+from dynamo_kv_router.store import Choice
 
 WORKERS = 4
 PER_EVENT = 32
@@ -123,8 +124,8 @@ class _Batch(msgspec.Struct, array_like=True, gc=False):
     events: list[_Stored]
 
 
-def consume_raw(addresses: str, size: int) -> None:
-    hasher, index, poller = Hasher(b"benchmark", size), Index(), zmq.Poller()
+def consume_raw(addresses: str, size: int, store: Choice) -> None:
+    hasher, index, poller = Hasher(b"benchmark", size), Index(store=store), zmq.Poller()
     decode = msgspec.msgpack.Decoder(_Batch).decode
     sources: dict[zmq.Socket[bytes], tuple[Worker, Chains]] = {}
     for pair in addresses.split(","):
@@ -146,8 +147,9 @@ def consume_raw(addresses: str, size: int) -> None:
                 index.apply(worker, change)
 
 
-def _config(folder: str) -> Config:
-    return Config(discovery=Use("file", {"path": folder}), kv=Kv(Secret("benchmark")), router=RouterConfig(scorers=(Use("kv-overlap"),)))
+def _config(folder: str, store: Choice) -> Config:
+    router = RouterConfig(scorers=(Use("kv-overlap"),), facts=(Use("kv-index", {"store": store}),))
+    return Config(discovery=Use("file", {"path": folder}), kv=Kv(Secret("benchmark")), router=router)
 
 
 def void(_: object) -> None: ...
@@ -157,8 +159,8 @@ def _card(size: int) -> ModelCard:
     return ModelCard(name="model", block_size=size, dp_size=WORKERS, kv_events=True)
 
 
-async def _follow(folder: str, size: int) -> None:
-    async with Runtime.open(_config(folder), Plugins.load()) as runtime:
+async def _follow(folder: str, size: int, store: Choice) -> None:
+    async with Runtime.open(_config(folder, store), Plugins.load()) as runtime:
         while not (found := await runtime.discovery.items(names.instances("dynamo"))):
             await asyncio.sleep(0.05)
         instance = msgspec.json.decode(next(iter(found.values())), type=Instance)
@@ -170,22 +172,22 @@ async def _follow(folder: str, size: int) -> None:
         await asyncio.Event().wait()
 
 
-def consume_edge(folder: str, size: int) -> None:
+def consume_edge(folder: str, size: int, store: Choice) -> None:
     import uvloop
 
-    uvloop.run(_follow(folder, size))
+    uvloop.run(_follow(folder, size, store))
 
 
-async def _relay(blocks: int, size: int) -> tuple[float, float]:
+async def _relay(blocks: int, size: int, store: Choice) -> tuple[float, float]:
     """Nanoseconds of CPU a block: of the router process, and of the relay in this one."""
     with tempfile.TemporaryDirectory() as folder:
-        async with Runtime.open(_config(folder), Plugins.load()) as runtime:
+        async with Runtime.open(_config(folder, store), Plugins.load()) as runtime:
             publisher = await runtime.publisher("backend", "kv")
             stream = events(blocks, size)
             relay = KvRelay(_card(size), b"benchmark", lambda payload: void(publisher.publish(payload)))
             await runtime.serve("backend", {names.KV_STATE: relay.answer})
             await runtime.announce("backend", names.GENERATE, b"{}")
-            process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size)])
+            process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size), store])
             try:
                 await asyncio.sleep(4.0)
                 before = await asyncio.to_thread(settled, process.pid)
@@ -208,21 +210,25 @@ async def _relay(blocks: int, size: int) -> tuple[float, float]:
                 relay.close()
 
 
-def pipelines(peer: str | None, quick: bool) -> None:
-    print("\nfrom ZeroMQ to the index, CPU ns a block of the consuming process; 32 blocks an event, 4 workers, 100k blocks a second")
-    blocks = 51_200 if quick else 204_800
+def pipelines(peer: str | None, stores: Sequence[Choice], quick: bool) -> None:
+    print(f"\nfrom ZeroMQ to the index, CPU ns a block of the consuming process: {', '.join(stores)}{' / standalone indexer = ratios' if peer else ''}")
+    print("32 blocks an event, 4 workers, 100k blocks a second; least of three runs")
+    blocks, runs = (51_200, 1) if quick else (204_800, 3)
     for size in (16, 64):
         indexer = [peer or "", "-m", "dynamo.indexer", "--block-size", str(size), "--threads", "1", "--port", "18090", "--workers", "{addresses}"]
-        theirs = over_zmq(indexer, blocks, size) if peer else None
-        raw = over_zmq([sys.executable, "-m", "benchmarks.kv_index_pipe", "raw", "{addresses}", str(size)], blocks, size)
-        edge, relay = asyncio.run(_relay(blocks, size))
-        print(f"blocks of {size:>2} tokens: raw events {versus(raw, theirs)};  news of relays {versus(edge, theirs)} "
+        raw, edge = ({store: float("inf") for store in stores} for _ in range(2))
+        theirs = relay = float("inf")
+        for _ in range(runs):
+            if peer:
+                theirs = min(theirs, over_zmq(indexer, blocks, size))
+            for store in stores:
+                ours = [sys.executable, "-m", "benchmarks.kv_index_pipe", "raw", "{addresses}", str(size), store]
+                raw[store] = min(raw[store], over_zmq(ours, blocks, size))
+                router, worker = asyncio.run(_relay(blocks, size, store))
+                edge[store], relay = min(edge[store], router), min(relay, worker)
+        print(f"blocks of {size:>2} tokens: raw events {compared(raw.values(), theirs)};  news of relays {compared(edge.values(), theirs)} "
               f"(and {relay:.0f} in the worker that feeds them)", flush=True)
 
 
-def versus(ours: float, theirs: float | None) -> str:
-    return f"{ours:.0f}/{theirs:.0f} = {ours / theirs:.2f}" if theirs else f"{ours:.0f}"
-
-
 if __name__ == "__main__":
-    {"raw": consume_raw, "edge": consume_edge}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    {"raw": consume_raw, "edge": consume_edge}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])

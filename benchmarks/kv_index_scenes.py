@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 BLOCK = 16
 KINDS = ("system prompt", "whole prompt", "miss", "all differ")
@@ -49,3 +49,10 @@ def lower_quartile(call: Callable[[], object], calls: int) -> float:
 
 def calls_for(blocks: int) -> int:
     return max(40, 20_000 // blocks)
+
+
+def compared(ours: Iterable[float], theirs: float, digits: int = 0) -> str:
+    """Each of ours, the peer's, and the ratios; ours alone when the peer was not measured."""
+    ours = list(ours)
+    figures = ", ".join(f"{figure:.{digits}f}" for figure in ours)
+    return figures if theirs == float("inf") else f"{figures} / {theirs:.{digits}f} = {', '.join(f'{figure / theirs:.2f}' for figure in ours)}"

@@ -291,6 +291,10 @@ class KvIndex:
         self.index.clear(source.worker)
         self._recent.restore(source.worker)
 
+    def status(self) -> dict[str, Any]:
+        """Of the index as a whole, for people: which store it is in, and how much of it there is."""
+        return {"store": self.index.kind.name, "blocks": len(self.index), "forgotten": self.index.forgotten}
+
     def problems(self) -> Mapping[str, str]:
         found: dict[str, str] = {}
         for source in self._sources.values():
@@ -308,6 +312,7 @@ class KvIndex:
             self._name_by(secret, self.hasher.block_size)
         self._surroundings = surroundings
         self._still_for = None
+        log.info("the KV index of %s is kept by the %s store", surroundings.model, self.index.kind.name)
         now = self.clock()
         for source in self._sources.values():
             source.since = now

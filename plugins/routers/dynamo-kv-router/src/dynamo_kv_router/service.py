@@ -27,6 +27,7 @@ from dynamo_core.routing.contract import RoutingRequest
 from dynamo_core.runtime.runtime import EndpointHandler
 from dynamo_core.types import Hints, Output, Request, Sampling, Stops
 from dynamo_kv_router.facts import OVERLAPS
+from dynamo_kv_router.provider import KvIndex
 
 LEVELS = ("device", "host", "disk", "external")
 
@@ -99,9 +100,10 @@ class RouterService:
         return {f"{m.name}/{role}": d.router.status() for m in self._catalog.models() if isinstance(m, ServedModel) for role, d in m.dispatchers.items()}
 
     def dump(self) -> dict[str, Any]:
-        """The state of the router: models, workers, stacks, degraded states, queues. No prompts."""
-        waiting = {f"{m.name}/{role}": d.waiting for m in self._catalog.models() if isinstance(m, ServedModel) for role, d in m.dispatchers.items()}
-        return {**self._catalog.status(), "waiting": waiting}
+        """The state of the router: models, workers, stacks, degraded states, queues, indexes. No prompts."""
+        dispatchers = {f"{m.name}/{role}": d for m in self._catalog.models() if isinstance(m, ServedModel) for role, d in m.dispatchers.items()}
+        indexes = {name: part.component.status() for name, d in dispatchers.items() for part in d.router.providers if isinstance(part.component, KvIndex)}
+        return {**self._catalog.status(), "waiting": {name: d.waiting for name, d in dispatchers.items()}, "indexes": indexes}
 
     async def generate(self, request: Request, context: Context) -> AsyncIterator[Sequence[Output]]:
         """Route the request, and give its outputs as they come; it moves to another worker when one is lost."""
