@@ -16,15 +16,13 @@ from prometheus_client import CollectorRegistry
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from both_servers import SERVERS
 from fake_catalog import FakeCatalog, FakeModel
 
 from dynamo_core.config.schema import Frontend
 from dynamo_core.frontend.app import App, create_app
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.frontend.servers.hypercorn import HypercornServer
-from dynamo_core.frontend.servers.uvicorn import UvicornServer
-
-SERVERS = {"hypercorn": HypercornServer, "uvicorn": UvicornServer}
 
 
 @attrs.define

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import SERVERS
+from both_servers import SERVERS
 from fake_catalog import FakeCatalog, FakeModel
 from prometheus_client import CollectorRegistry
 

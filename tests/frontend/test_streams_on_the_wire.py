@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from conftest import SERVERS
+from both_servers import SERVERS
 
 from dynamo_core.frontend.servers.contract import HttpServer
 

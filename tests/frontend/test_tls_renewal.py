@@ -9,7 +9,7 @@ import time
 
 import httpx
 import pytest
-from conftest import SERVERS
+from both_servers import SERVERS
 from prometheus_client import CollectorRegistry
 
 from dynamo_core.config.schema import Frontend, Tls
