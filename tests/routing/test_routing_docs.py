@@ -41,7 +41,7 @@ def test_the_page_the_contract_and_the_tests_have_the_same_guarantees():
     tests = "".join((ROOT / "dynamo_core/contracts" / f"{kit}.py").read_text() for kit in ("scorer", "filter", "picker"))
     tests += (ROOT / "tests/routing/test_routing_stack.py").read_text()
     in_page = set(re.findall(r"^\*\*(R\d+)\.\*\*", CONTRACT_PAGE, re.MULTILINE))
-    assert in_page == set(re.findall(r"^    (R\d+)  ", contract.__doc__ or "", re.MULTILINE))
+    assert in_page == set(re.findall(r"^ *(R\d+)  ", contract.__doc__ or "", re.MULTILINE))
     assert in_page == {name.upper() for name in re.findall(r"def test_(r\d+)_", tests)}
 
 

@@ -1,11 +1,10 @@
-"""One router: fleet, health, bookings, events, reload, and providers that break."""
+"""One router: fleet, health, bookings, events, reload and records."""
 
 import math
 from collections import Counter
 
 import attrs
 import msgspec
-import numpy as np
 import pytest
 
 from dynamo_core.cards import ModelCard
@@ -14,8 +13,8 @@ from dynamo_core.config.schema import Use
 from dynamo_core.errors import AllBusy, NoWorker
 from dynamo_core.plugins import Plugins
 from dynamo_core.routing import facts
-from dynamo_core.routing.contract import Fact, RoutingRequest, Worker
-from dynamo_core.routing.decide import Part, Stack
+from dynamo_core.routing.contract import RoutingRequest, Worker
+from dynamo_core.routing.decide import Stack
 from dynamo_core.routing.router import Router
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.types import Hints, Instance, Load
@@ -331,70 +330,7 @@ def test_swap_keeps_what_is_known_and_counts_the_generation():
     assert max(router.route(request(3)).columns[facts.IN_FLIGHT]) == 0
 
 
-# ------------------------------------------------------------------ providers that break
-
-ODD: Fact[int] = Fact("acme.odd", int)
-
-
-class Prefers:
-    needs = (ODD,)
-
-    def score(self, request, fleet):
-        return [x / 100 for x in fleet[ODD]]
-
-
-class Odd:
-    provides = (ODD,)
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def columns(self, request, workers):
-        return {ODD: self.answer(workers)}
-
-    def booked(self, request, worker, overlap_tokens):
-        raise RuntimeError("booked")
-
-    def first_token(self, request_id, worker, cached_tokens): ...
-
-    def grew(self, request_id, worker, output_tokens): ...
-
-    def finished(self, request_id, worker, outcome): ...
-
-
-def fails(workers):
-    raise OSError("the index is gone")
-
-
-@pytest.mark.parametrize("answer", [fails, lambda workers: (1,), lambda workers: None, lambda workers: 7])
-def test_a_provider_that_breaks_costs_its_facts_and_no_request(answer):
-    seen = []
-
-    class Watcher:
-        def decided(self, decision, seconds):
-            seen.append((decision.worker, seconds >= 0))
-
-        def fault(self, component, what):
-            seen.append(component)
-
-    base = stack("round-robin")
-    broken = Stack(base.filters, (Part("scorer", "prefers", Prefers()), *base.scorers), None, None, (*base.providers, Part("facts", "odd", Odd(answer))))
-    router = fleet_of(3, broken, observer=Watcher())
-    assert {send(router, i).worker.instance for i in range(3)} == {1, 2, 3}
-    assert router.faults == {"odd": 6, "prefers": 3}
-    assert seen.count("odd") == 6
-    assert router.ring.get("r2").faults == [("prefers", "nobody provided acme.odd for this decision")]
-
-
-def test_lists_and_arrays_of_a_provider_are_sealed_before_policies_see_them():
-    for kind in (list, np.array):
-        base = stack("round-robin")
-        odd = Part("facts", "odd", Odd(lambda workers, kind=kind: kind([10, 90, 20])))
-        router = fleet_of(3, Stack(base.filters, (Part("scorer", "prefers", Prefers()),), None, None, (*base.providers, odd)))
-        decision = router.route(request())
-        assert decision.worker == Worker(2)
-        with pytest.raises((TypeError, ValueError)):
-            decision.columns[ODD][0] = 1
+# ------------------------------------------------------------------ records
 
 
 def test_the_record_keeps_neither_the_prompt_nor_the_cache_salt():
