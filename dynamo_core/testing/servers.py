@@ -56,18 +56,19 @@ def binary(name: str, package: str) -> str:
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1, made with openssl."""
+    """Signs certificates that pass Python's strict checks (RFC 5280), made with openssl."""
 
     def __init__(self, folder: Path, name: str = "fleet") -> None:
         self.folder = folder / f"{name}-ca"
         self.folder.mkdir(parents=True)
         self.cert, self._key = self.folder / "ca.pem", self.folder / "ca.key"
-        self._openssl("req", "-x509", *self._new_key(self._key), "-days", "2", "-subj", f"/CN={name}", "-out", self.cert)
+        self._openssl("req", "-x509", *self._new_key(self._key), "-days", "2", "-subj", f"/CN={name}",
+                      "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-out", self.cert)
 
-    def issue(self, name: str) -> tuple[Path, Path]:
+    def issue(self, name: str, valid_for: str = "IP:127.0.0.1,DNS:localhost") -> tuple[Path, Path]:
         """Certificate and key, good for servers and for clients."""
         key, request, cert, extensions = (self.folder / f"{name}.{kind}" for kind in ("key", "csr", "pem", "ext"))
-        extensions.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+        extensions.write_text(f"subjectAltName={valid_for}\nbasicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n")
         self._openssl("req", "-new", *self._new_key(key), "-subj", f"/CN={name}", "-out", request)
         self._openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self._key, "-CAcreateserial", "-days", "2",
                       "-extfile", extensions, "-out", cert)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 WRITE_BUFFER = 1024 * 1024
 """Bytes that may wait for the socket before nothing more is produced for it."""
+_WRITELINES_PAUSES = not ((3, 12) <= sys.version_info < (3, 12, 9) or (3, 13) <= sys.version_info < (3, 13, 2))
+"""asyncio's `writelines` forgot in these versions to say that the buffer is full (CVE-2024-12254). uvloop's never did."""
 FAREWELL = 1.0
 """Seconds for which a dropped peer may still read why."""
 
@@ -111,7 +114,10 @@ class Connection(asyncio.Protocol):
 
     def write(self, out: Sequence[bytes | bytearray]) -> None:
         self._sent += sum(map(len, out))
-        self.transport.writelines(out)
+        if _WRITELINES_PAUSES:
+            self.transport.writelines(out)
+        else:
+            self.transport.write(b"".join(out))
 
     def pause_writing(self) -> None:
         self.paused = True

@@ -213,7 +213,7 @@ def test_a_planted_fault_is_found_under_its_number(engine: type[Honest]) -> None
 def test_the_page_the_contract_and_the_kit_have_the_same_numbers() -> None:
     page = (Path(__file__).parents[2] / "docs/contracts/engine.md").read_text()
     kit = {name.split("_")[1].upper() for name, _ in inspect.getmembers(EngineContract, inspect.isfunction) if name.startswith("test_")}
-    assert kit == set(re.findall(r"^\*\*(G\d+)\.\*\*", page, re.M)) == set(re.findall(r"^    (G\d+)  ", contract.__doc__ or "", re.M))
+    assert kit == set(re.findall(r"^\*\*(G\d+)\.\*\*", page, re.M)) == set(re.findall(r"^ *(G\d+)  ", contract.__doc__ or "", re.M))
 
 
 def test_the_honest_engine_keeps_every_guarantee() -> None:

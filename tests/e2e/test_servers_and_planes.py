@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import ssl
-import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 import zmq
 
+from dynamo_core.testing.servers import Authority
+
 WORKERS = '[[workers]]\ncount = 2\nengine = { use = "echo" }\n'
 
 
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
-class Authority:
-    """Signs certificates for 127.0.0.1."""
+class Fleet(Authority):
+    """With a certificate for a server and one for a client."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cert = folder / "ca.pem"
-        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=fleet", "-keyout", folder / "ca.key",
-                "-out", self.cert)
-        self.server = self.issue("server")
-        self.client = self.issue("client")
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        key, request, cert, extensions = (self.folder / f"{name}.{kind}" for kind in ("key", "csr", "pem", "ext"))
-        extensions.write_text("subjectAltName=IP:127.0.0.1\n")
-        openssl("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}", "-keyout", key, "-out", request)
-        openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self.folder / "ca.key", "-CAcreateserial", "-days", "2", "-extfile", extensions, "-out", cert)
-        return cert, key
+        super().__init__(folder)
+        self.server, self.client = self.issue("server"), self.issue("client")
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    return Fleet(tmp_path_factory.mktemp("authority"))
 
 
 def check(client: httpx.Client) -> None:
@@ -56,7 +42,7 @@ def check(client: httpx.Client) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_each_server_with_two_processes(up, fleet: Authority, server: str, secure: bool) -> None:
+def test_each_server_with_two_processes(up, fleet: Fleet, server: str, secure: bool) -> None:
     tls = f'tls = {{ cert = "{fleet.server[0]}", key = "{fleet.server[1]}" }}\n' if secure else ""
     stack = up(f'[frontend]\nport = 0\nprocesses = 2\nhttp_server = {{ use = "{server}" }}\n{tls}{WORKERS}')
     assert stack.url.startswith("https" if secure else "http:")
@@ -77,7 +63,7 @@ def test_each_server_with_two_processes(up, fleet: Authority, server: str, secur
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
-def test_a_frontend_that_wants_client_certificates_takes_no_stranger(up, fleet: Authority, server: str) -> None:
+def test_a_frontend_that_wants_client_certificates_takes_no_stranger(up, fleet: Fleet, server: str) -> None:
     stack = up(f"""
 [frontend]
 port = 0
@@ -93,13 +79,13 @@ admin = {{ port = 0 }}
         check(client)
 
 
-def test_client_certificates_without_an_admin_address_are_refused_with_the_remedy(fleet: Authority, start_stack, tmp_path: Path) -> None:
+def test_client_certificates_without_an_admin_address_are_refused_with_the_remedy(fleet: Fleet, start_stack, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"add \[frontend.admin\]"):
         start_stack(tmp_path, f'[frontend]\nport = 0\ntls = {{ cert = "{fleet.server[0]}", key = "{fleet.server[1]}", client_ca = "{fleet.cert}" }}\n{WORKERS}')
 
 
 @pytest.mark.slow
-def test_everything_encrypted_inside_the_fleet(up, fleet: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_encrypted_inside_the_fleet(up, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutual TLS on the request plane and CURVE on the event plane; load events arrive, and no stranger gets in."""
     monkeypatch.setenv("CURVE_KEY", zmq.curve_keypair()[1].decode())
     cert, key = fleet.server

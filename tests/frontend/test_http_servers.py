@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import ssl
-import subprocess
-from pathlib import Path
 
 import httpx
 import pytest
@@ -18,6 +15,7 @@ from dynamo_core.config.schema import Frontend, Tls
 from dynamo_core.frontend.app import create_app
 from dynamo_core.frontend.metrics import HttpMetrics
 from dynamo_core.frontend.servers.contract import HttpServer
+from dynamo_core.testing.servers import Authority
 from dynamo_core.types import Delta
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}
@@ -116,32 +114,16 @@ async def test_several_servers_share_a_port_when_asked(server, app):
     await asyncio.gather(one, two)
 
 
-def _certificates(folder: Path) -> dict[str, Path]:
-    """An authority, a server and a client certificate."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    (folder / "names").write_text("subjectAltName=DNS:localhost")
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
-    for name in ("server", "client"):
-        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names", "-days", "2")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signed)
-    return {path.name: path for path in folder.iterdir()}
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="the certificates are made by the openssl command")
 @pytest.mark.parametrize(("server", "http2"), [*((server, False) for server in SERVERS.values()), (SERVERS["hypercorn"], True)])
 async def test_tls_and_mutual_tls(server, http2, app, tmp_path):
-    files = _certificates(tmp_path)
-    trusting = ssl.create_default_context(cafile=str(files["ca.pem"]))
-    known = ssl.create_default_context(cafile=str(files["ca.pem"]))
-    known.load_cert_chain(files["client.pem"], files["client.key"])
-    for client_ca in (None, files["ca.pem"]):
+    authority = Authority(tmp_path)
+    trusting = ssl.create_default_context(cafile=str(authority.cert))
+    known = ssl.create_default_context(cafile=str(authority.cert))
+    known.load_cert_chain(*authority.issue("client"))
+    certificate = authority.issue("server")
+    for client_ca in (None, authority.cert):
         stop = asyncio.Event()
-        task, port = await _serve(server(), app, stop, tls=Tls(files["server.pem"], files["server.key"], client_ca))
+        task, port = await _serve(server(), app, stop, tls=Tls(*certificate, client_ca))
         url = f"https://localhost:{port}/live"
         async with httpx.AsyncClient(verify=known, http2=http2) as client:
             response = await client.get(url)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,31 +10,12 @@ import pytest
 
 from dynamo_core.context import Context
 from dynamo_core.errors import CannotConnect, ConfigError
+from dynamo_core.testing.servers import Authority
 from dynamo_core.transport.contract import Item
 from dynamo_core.transport.http import HttpPlane
 from dynamo_core.transport.tcp import TcpPlane
 from dynamo_core.transport.tls import PlaneTls
 from dynamo_core.types import Output
-
-
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
-class Authority:
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder = folder / name
-        self.folder.mkdir()
-        self.cert, self.key = self.folder / "ca.pem", self.folder / "ca.key"
-        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", f"/CN={name}",
-                "-keyout", self.key, "-out", self.cert)
-
-    def issue(self, name: str, alternative: str) -> tuple[Path, Path]:
-        key, request, cert, extensions = (self.folder / f"{name}.{kind}" for kind in ("key", "csr", "pem", "ext"))
-        extensions.write_text(f"subjectAltName={alternative}\n")
-        openssl("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}", "-keyout", key, "-out", request)
-        openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self.key, "-CAcreateserial", "-days", "2", "-extfile", extensions, "-out", cert)
-        return cert, key
 
 
 @pytest.fixture(scope="module")
