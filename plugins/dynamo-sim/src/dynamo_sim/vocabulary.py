@@ -7,6 +7,7 @@ With one, the files of a real model are used (`tokenizer.json`, `tokenizer_confi
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -38,8 +39,12 @@ class Vocabulary:
     add_bos: bool = False
 
 
+@functools.cache
 def built_in() -> Vocabulary:
-    """Bytes, every beginning of every word with and without a space before it, and three special tokens."""
+    """Bytes, every beginning of every word with and without a space before it, and three special tokens.
+
+    One for all engines of a process, of which there may be thousands.
+    """
     alphabet = byte_tokenizer.byte_alphabet()
     vocab = {char: byte for byte, char in enumerate(alphabet)}
     merges: list[str] = []
