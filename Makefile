@@ -18,8 +18,8 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 .PHONY: demo test quick slow slow-vllm lint bench peers chaos servers kube-apiserver clean
 .DEFAULT_GOAL := demo
 
-# The stamp follows every pyproject.toml: a change of dependencies installs again.
-$(VENV)/.installed: $(foreach p,$(WORKSPACE),$(p)/pyproject.toml)
+# The stamp follows every pyproject.toml, and what is compiled: a change of either installs again.
+$(VENV)/.installed: $(foreach p,$(WORKSPACE),$(p)/pyproject.toml $(wildcard $(p)/src/*/*.[ch]))
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -m pip install --quiet "uv>=0.5"
 	@echo "installing the workspace"

@@ -1,0 +1,67 @@
+"""The tests of the store once more, on a build that reports every access outside of what was allocated, every use after free and all undefined behaviour."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1]
+ROUTER = FOLDER.parent / "dynamo-kv-router" / "tests"
+CHECKS = ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+MACROS = ["-DPy_LIMITED_API=0x030B0000", "-DPY_SSIZE_T_CLEAN=1"]
+RUN = """
+import sys, pytest, dynamo_kv_native
+assert dynamo_kv_native.__file__.startswith(sys.argv[1]), dynamo_kv_native.__file__
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not python", *sys.argv[2:]]))
+"""
+
+
+def library(name: str) -> str | None:
+    """Where gcc keeps a sanitizer's runtime; it says the bare name when there is none."""
+    found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    return found if Path(found).is_absolute() else None
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory):
+    """Runs Python on a sanitized build."""
+    if shutil.which("gcc") is None or (runtimes := [library("libasan.so"), library("libubsan.so")]).count(None):
+        pytest.skip("gcc or its sanitizers are not here")
+    where = tmp_path_factory.mktemp("sanitized")
+    shutil.copytree(FOLDER / "src" / "dynamo_kv_native", where / "dynamo_kv_native", ignore=shutil.ignore_patterns("*.so"))
+    package = where / "dynamo_kv_native"
+    command = ["gcc", *CHECKS, *MACROS, "-std=c11", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}", str(package / "_store.c"), "-o", str(package / "_store.abi3.so")]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if "Python.h" in built.stderr:
+        pytest.skip("Python.h is not here")
+    assert built.returncode == 0, built.stderr
+    # Python itself leaks a little on its way out.
+    settings = {"LD_PRELOAD": " ".join(map(str, runtimes)), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc", "PYTHONPATH": str(where)}
+
+    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *arguments], env={**os.environ, **settings}, capture_output=True, text=True, timeout=250)
+
+    run.where = where  # type: ignore[attr-defined]
+    return run
+
+
+@pytest.mark.slow
+def test_all_tests_of_the_store_pass_under_the_sanitizers(sanitized) -> None:
+    ran = sanitized(RUN, str(sanitized.where), str(FOLDER / "tests"), str(ROUTER / "test_kv_store.py"))
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_sanitizers_look(sanitized) -> None:
+    """An array that says to be longer than it is: the store must believe numpy, and the sanitizer must not."""
+    lie = "import numpy as np; from dynamo_kv_native import Store\n"
+    lie += "Store(1, 10000).add(np.lib.stride_tricks.as_strided(np.zeros(4, np.uint64), (1000,), (8,)), 0)"
+    ran = sanitized(lie)
+    assert ran.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in ran.stderr
