@@ -63,8 +63,9 @@ test: lint quick slow slow-vllm
 quick: servers $(VENV)/.developing
 	$(call tests,1200,$(BIN)/python,-m "not slow",-n 4 --dist worksteal)
 
+# Most of them wait for clocks and processes: two files at a time.
 slow: servers kube-apiserver $(VENV)/.developing
-	$(call tests,2400,$(BIN)/python,-m slow)
+	$(call tests,2400,$(BIN)/python,-m slow,-n 2 --dist loadfile)
 
 slow-vllm: $(VLLM)/.installed
 	export OMP_NUM_THREADS=1; $(call tests,1200,$(VLLM)/bin/python,-m slow plugins/dynamo-vllm)
