@@ -19,6 +19,7 @@ from dynamo_core.engines import EngineContext
 from dynamo_core.errors import ConfigError, EngineDead, EngineFailed, Problem
 from dynamo_core.types import Output, Request
 from dynamo_vllm import card, vllm_api, vllm_nodes
+from dynamo_vllm.fetching import Fetches
 from dynamo_vllm.headless import Headless
 from dynamo_vllm.kv_feed import KvFeed
 from dynamo_vllm.launch import launched
@@ -66,6 +67,8 @@ class VllmEngine:
     """`prefill` reads prompts and hands their KV blocks to `decode` workers; `aggregated` does both. `encode` reads images before, and nothing else."""
     transfer: dict[str, Any] = attrs.field(factory=dict)
     """How blocks travel between the two, as in vLLM's KVTransferConfig. Default: { kv_connector = "NixlConnector" }, which needs the package nixl."""
+    fetch_timeout: float = attrs.field(default=30.0, validator=v.gt(0), metadata={"duration": True})
+    """Seconds after which a `decode` worker gives blocks up when nothing comes from the worker that has them, and reads the prompt itself."""
     encoders: dict[str, Any] = attrs.field(factory=dict)
     """How what `encode` workers make of images reaches those who read prompts, as in vLLM's ECTransferConfig; the same for both."""
     kv_events: bool = True
@@ -104,6 +107,7 @@ class VllmEngine:
                           phase: Callable[[str], None]) -> Running:  # fmt: skip
         caches = self._caches and config.cache_config.enable_prefix_caching and config.model_config.runner_type != "pooling"
         loads = LoadReports(context.load)
+        fetches = Fetches(self.fetch_timeout) if self.role == "decode" else None
         ranks = range(config.parallel_config.data_parallel_size) if place is None else place.ranks
         # before the engine: what it publishes first must find somebody who listens
         feeds = [KvFeed(rank, vllm_api.kv_endpoints(Path(directory.name), rank), context.kv_events) for rank in (ranks if caches else ())]
@@ -114,7 +118,8 @@ class VllmEngine:
             if others is not None:
                 await others.open()
             phase("load the model" if others is None else "load the model, wait for the other nodes")
-            engine = await launched(lambda: vllm_api.launch(vllm, config, self.start_method, vllm_api.stat_logger(vllm, loads.record)), broken)
+            listeners = [loads.record] if fetches is None else [loads.record, fetches.record]
+            engine = await launched(lambda: vllm_api.launch(vllm, config, self.start_method, vllm_api.stat_logger(vllm, *listeners)), broken)
             if caches and others is not None:
                 feeds += [KvFeed(rank, endpoints, context.kv_events) for rank, endpoints in vllm_nodes.kv_sources(engine).items()]
                 if silent := set(range(config.parallel_config.data_parallel_size)) - {feed.rank for feed in feeds}:
@@ -122,7 +127,7 @@ class VllmEngine:
             tokenizer = await asyncio.to_thread(card.tokenizer_json, engine)
             task = await vllm_api.pooling_task(engine)
             found = card.card_of(vllm, engine, tokenizer, kv_events=caches, lora=config.lora_config is not None, role=self.role, task=task)
-            self._running = running = Running(vllm, engine, found, tokenizer, context, loads, feeds, others, directory)
+            self._running = running = Running(vllm, engine, found, tokenizer, context, loads, fetches, feeds, others, directory)
             if broken.done():
                 broken.result()
             phase("warm up")

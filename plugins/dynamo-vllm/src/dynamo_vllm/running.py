@@ -8,7 +8,7 @@ import itertools
 import logging
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import msgspec
@@ -22,6 +22,7 @@ from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestErr
 from dynamo_core.types import Output, Request, Sampling, Stops
 from dynamo_vllm import vllm_api
 from dynamo_vllm.adapters import Adapters
+from dynamo_vllm.fetching import Fetches, NothingComes
 from dynamo_vllm.images import MEDIA, opened, places_of
 from dynamo_vllm.kv_feed import KvFeed
 from dynamo_vllm.load import LoadReports
@@ -45,7 +46,7 @@ _serial = itertools.count()
 
 class Running:
     def __init__(self, vllm: Vllm, engine: Any, card: ModelCard, tokenizer: bytes, context: EngineContext, loads: LoadReports,
-                 feeds: Sequence[KvFeed], others: OtherNodes | None, directory: tempfile.TemporaryDirectory[str]) -> None:  # fmt: skip
+                 fetches: Fetches | None, feeds: Sequence[KvFeed], others: OtherNodes | None, directory: tempfile.TemporaryDirectory[str]) -> None:  # fmt: skip
         self.card = card
         self.tokenizer = tokenizer
         self.adapters = Adapters(vllm, engine, card, self._offer)
@@ -54,6 +55,7 @@ class Running:
         self._context = context
         self._loads = loads
         self._loads.total_blocks = card.total_blocks or 0
+        self._fetches = fetches
         self._feeds = feeds
         self._others = others
         self._directory = directory
@@ -91,18 +93,37 @@ class Running:
     async def _generate(self, request: Request, limit: int) -> AsyncGenerator[Output, None]:
         if self.card.role == "prefill" and request.transfer is None:
             request = msgspec.structs.replace(request, transfer=dict(vllm_api.PREFILL_ONLY))
-        params = sampling_params(self._vllm, request, self.card, limit)
         prompt, places = await self._prompt(request)
         reader = Reader(request, self.card, places)
-        hints = request.hints
-        steps = self._engine.generate(
-            prompt, params, f"{request.id}-{next(_serial)}",
-            lora_request=self.adapters.of(request), priority=-hints.priority, data_parallel_rank=self._rank(hints.dp_rank),
-        )  # fmt: skip
-        async with aclosing(steps):
+        async with AsyncExitStack() as stack:
+            steps = await stack.enter_async_context(aclosing(self._submit(request, prompt, limit)))
+            if self._fetches is not None and request.transfer is not None:
+                try:
+                    first = await self._fetches.first(steps, request.transfer)
+                except NothingComes as e:
+                    request = self._alone(request, e)
+                    first, steps = None, await stack.enter_async_context(aclosing(self._submit(request, prompt, limit)))
+                for output in reader.read(first) if first is not None else ():
+                    yield output
             async for step in steps:
                 for output in reader.read(step):
                     yield output
+
+    def _submit(self, request: Request, prompt: Any, limit: int) -> AsyncGenerator[Any, None]:
+        hints = request.hints
+        return self._engine.generate(
+            prompt, sampling_params(self._vllm, request, self.card, limit), f"{request.id}-{next(_serial)}",
+            lora_request=self.adapters.of(request), priority=-hints.priority, data_parallel_rank=self._rank(hints.dp_rank),
+        )  # fmt: skip
+
+    def _alone(self, request: Request, why: NothingComes) -> Request:
+        """The request without what another engine has computed for it. :raises EngineFailed: the operator does not want that."""
+        peer = request.transfer or {}
+        where = f"the KV blocks of request {request.id} at {peer.get('remote_host')}:{peer.get('remote_port')} are given up, because {why} (fetch_timeout)"
+        if not vllm_api.recomputes(self._engine):
+            raise EngineFailed(f"{where}, and engine.transfer has another kv_load_failure_policy than 'recompute'")
+        log.warning("%s: this worker reads the prompt itself", where)
+        return msgspec.structs.replace(request, transfer=None)
 
     async def _encode(self, request: Request) -> AsyncGenerator[Output, None]:
         """Read the images of a prompt, and say where what became of them is. Who reads the prompt needs them too, to know how many tokens they have."""

@@ -189,8 +189,8 @@ def prepare(start_method: str) -> None:
     os.environ[orphan.MARK] = str(os.getpid())
 
 
-def stat_logger(vllm: Vllm, record: Callable[[int, Any], None]) -> Callable[..., Any]:
-    """A stat logger that calls `record(engine_index, scheduler_stats)` after each step, on the event loop."""
+def stat_logger(vllm: Vllm, *records: Callable[[int, Any], None]) -> Callable[..., Any]:
+    """A stat logger that calls each `record(engine_index, scheduler_stats)` after each step, on the event loop."""
 
     class Recorder(vllm.StatLoggerBase):
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
@@ -198,7 +198,8 @@ def stat_logger(vllm: Vllm, record: Callable[[int, Any], None]) -> Callable[...,
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
             if scheduler_stats is not None:
-                record(engine_idx or self._rank, scheduler_stats)
+                for record in records:
+                    record(engine_idx or self._rank, scheduler_stats)
 
         def log_engine_initialized(self) -> None:
             pass
@@ -254,6 +255,11 @@ def handover_terms(vllm: Vllm, config: Any) -> dict[str, str | int]:
     if not connector.startswith("Nixl"):
         terms["tensor_parallel"] = config.parallel_config.tensor_parallel_size
     return terms
+
+
+def recomputes(engine: Any) -> bool:
+    """Whether an engine reads a prompt itself when its blocks cannot be had."""
+    return engine.vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
 
 PREFILL_ONLY: Mapping[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
