@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -141,8 +142,10 @@ def consume_raw(addresses: str, size: int, store: Choice) -> None:
         for socket, _ in poller.poll():
             worker, chains = sources[socket]
             arrived: list[BlocksStored] = []
-            while socket.get(zmq.EVENTS) & zmq.POLLIN and len(arrived) < 64:
-                arrived += [BlocksStored(event.hashes, event.parent, event.token_ids) for event in decode(socket.recv_multipart()[2]).events]
+            with suppress(zmq.Again):
+                while len(arrived) < 64:
+                    payload = socket.recv_multipart(zmq.NOBLOCK)[2]
+                    arrived += [BlocksStored(event.hashes, event.parent, event.token_ids) for event in decode(payload).events]
             for change in chains.apply(arrived):
                 index.apply(worker, change)
 

@@ -78,7 +78,7 @@ class Chains:
         if len(self._next) > 2 * len(self._key) + 1024:
             self._forget_ghosts()
         out, self._out = self._out, []
-        return [Change(op, level, np.frombuffer(b"".join(parts), np.uint64)) for op, level, parts in out]  # pyright: ignore[reportArgumentType]
+        return [Change(op, level, np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), np.uint64)) for op, level, parts in out]  # pyright: ignore[reportArgumentType]
 
     def picture(self) -> list[Change]:
         """Everything that is present, as additions."""

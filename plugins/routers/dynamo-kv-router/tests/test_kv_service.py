@@ -17,6 +17,7 @@ from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.testing.cluster import Cluster
 from dynamo_core.types import Output, Request, Stops
 from dynamo_kv_router.service import Question, RouterService
+from dynamo_kv_router.store import kind_of
 
 
 async def until(condition) -> None:
@@ -58,7 +59,11 @@ async def test_questions_and_streams_over_a_request_plane(plane):
         held = {w["instance"]: w["device"] for w in scores["workers"]}
         assert held[best["worker"]["instance"]] == max(held.values()) > 0 == min(held.values())
         assert len(next(iter((await ask("load", {})).values()))) == 2
-        assert (await ask("dump", {}))["waiting"]
+        dump = await ask("dump", {})
+        assert dump["waiting"]
+        (index,) = dump["indexes"].values()
+        assert index["store"] == kind_of("auto").name
+        assert index["blocks"] >= best["overlap_tokens"] // 16 > 0 == index["forgotten"]
         with pytest.raises(RequestError, match="this is no question"):
             await ask("best_worker", {"tokens": 1})
         assert not cluster.catalog.problems()

@@ -172,12 +172,11 @@ static PyObject *depths(Store *self, PyObject *const *args, Py_ssize_t count)
 static PyObject *new_store(PyTypeObject *type, PyObject *args, PyObject *names)
 {
     static char *parameters[] = {"shards", "room", NULL};
-    unsigned long long shards = 0;
-    Py_ssize_t room = 0;
+    Py_ssize_t shards = 0, room = 0;
     uint32_t bits = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, names, "Kn", parameters, &shards, &room)) return NULL;
-    if (shards < 1 || shards > MAX_SHARDS || shards & (shards - 1))
-        return PyErr_Format(PyExc_ValueError, "the number of shards must be a power of two, at most %u, not %llu", MAX_SHARDS, shards);
+    if (!PyArg_ParseTupleAndKeywords(args, names, "nn", parameters, &shards, &room)) return NULL;
+    if (shards < 1 || shards > (Py_ssize_t)MAX_SHARDS || shards & (shards - 1))
+        return PyErr_Format(PyExc_ValueError, "the number of shards must be a power of two, at most %u, not %zd", MAX_SHARDS, shards);
     if (room < 1 || room > (Py_ssize_t)MAX_ENTRIES / 2) return PyErr_Format(PyExc_ValueError, "a shard cannot have room for %zd keys", room);
     while (shards >> (bits + 1)) bits++;
     Store *self = (Store *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);

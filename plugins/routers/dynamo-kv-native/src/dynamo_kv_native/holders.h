@@ -18,7 +18,7 @@ typedef uintptr_t Holder;
 #define MAX_SLOTS (1u << 20)
 
 typedef struct {
-    uint32_t references;
+    size_t references;
     uint32_t words;
     uint64_t bits[];
 } Set;

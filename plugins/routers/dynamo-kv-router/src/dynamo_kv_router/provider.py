@@ -71,7 +71,7 @@ class KvIndex:
     predict: float = attrs.field(default=5.0, validator=v.ge(0), metadata={"duration": True})
     """Seconds for which a worker with events is taken to hold what it was sent, before its events say so; 0 turns it off."""
     limit: int = attrs.field(default=8_000_000, validator=v.ge(1024))
-    """Blocks to know, of all workers together, about 90 bytes each; the oldest are forgotten beyond it."""
+    """Blocks to know, of all workers together, about 90 bytes each, 30 in the compiled store; the oldest are forgotten beyond it."""
     every: int = attrs.field(default=0, validator=v.ge(0))
     """Tokens for which the index keeps one key, in whole blocks; 0 keeps each block. 64 with blocks of 16 takes a quarter of the memory and
     half of the work, and overlaps are rounded down to 64 tokens."""
