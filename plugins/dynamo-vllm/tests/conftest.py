@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import faulthandler
 import importlib.util
 import io
+import multiprocessing.context
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +27,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("slow") and Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="needs vLLM: plugins/dynamo-vllm/install-cpu.sh"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stacks_on_demand() -> None:
+    """A forked engine core that gets SIGUSR1 says where it is."""
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+
+
+@pytest.fixture(autouse=True)
+def where_engine_cores_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shortly before a test is ended by its timeout, the engine cores show their stacks: the test's own says only that it waits for them."""
+    marker = request.node.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker and marker.args else request.config.getini("timeout") or 300)
+
+    def show() -> None:
+        for child in multiprocessing.active_children():
+            if isinstance(child, multiprocessing.context.ForkProcess) and child.pid is not None:
+                print(f"process {child.pid}, {child.name}:", file=sys.stderr)
+                os.kill(child.pid, signal.SIGUSR1)
+
+    timer = threading.Timer(limit * 0.95, show)
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,10 @@ class Fetches:
             if not limit.expired():
                 raise
             raise NothingComes(f"nothing has come from it for {self._seconds:g} s") from e
-        self._arrived[peer] = loop.time()
+        now = loop.time()
+        if peer not in self._arrived:  # what is longer ago than the time says nothing any more
+            self._arrived = {engine: when for engine, when in self._arrived.items() if when + self._seconds > now}
+        self._arrived[peer] = now
         return step
 
     def _due(self, peer: str, begun: float) -> float:
