@@ -78,6 +78,10 @@ def file(shared: Path, body: dict[str, Any]) -> Path:
     return shared / f"media:{hashlib.sha256(data).hexdigest()}" / "encoder_cache.safetensors"
 
 
+def files(shared: Path) -> set[str]:
+    return {path.name for path in shared.rglob("*") if path.is_file()}
+
+
 async def test_what_an_encode_worker_and_a_reader_say_is_what_one_worker_says(cluster: Cluster, expected: list[list[int]], image_body: Any, shared: Path) -> None:
     async with front(cluster) as client:
         for colors, tokens in zip(CASES, expected, strict=True):
@@ -86,6 +90,30 @@ async def test_what_an_encode_worker_and_a_reader_say_is_what_one_worker_says(cl
             assert workers == (["encode", "reader"] if colors else ["reader"])
     assert file(shared, image_body(RED)).exists()
     assert len({tuple(tokens) for tokens in expected}) == len(CASES)
+
+
+async def test_what_was_encoded_is_there_whole_or_not_at_all(cluster: Cluster, shared: Path, image_body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+    import torch
+
+    from dynamo_vllm.shared_folder import SharedFolder
+
+    def half(tensors: dict[str, Any], path: Path) -> None:
+        path.write_bytes(safetensors.torch.save(tensors)[:-1])
+        raise OSError("No space left on device")
+
+    assert files(shared) == {"encoder_cache.safetensors"}
+    folder: Any = object.__new__(SharedFolder)
+    folder._storage_path, folder._is_producer = str(shared), True
+    green = file(shared, image_body((1, 255, 1)))
+    with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
+        m.setattr(safetensors.torch, "save_file", half)
+        folder.save_caches({green.parent.name: torch.ones(4)}, green.parent.name)
+    assert list(green.parent.iterdir()) == []
+    folder.save_caches({green.parent.name: torch.ones(4)}, green.parent.name)
+    assert safetensors.torch.load_file(green)["ec_cache"].tolist() == [1.0] * 4
+    connector = cluster.worker(0).engine._running._engine.vllm_config.ec_transfer_config.ec_connector  # pyright: ignore
+    assert connector == "SharedFolder"
 
 
 async def test_an_encode_worker_answers_its_probe(cluster: Cluster) -> None:

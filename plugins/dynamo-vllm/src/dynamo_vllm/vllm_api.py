@@ -239,8 +239,11 @@ def kv_transfer_config(vllm: Vllm, role: str, options: Mapping[str, Any]) -> Any
 
 def encoder_transfer_config(role: str, options: Mapping[str, Any]) -> Any:
     """:raises ConfigError: vLLM does not accept it."""
+    ours = {"ec_role": "ec_producer" if role == "encode" else "ec_consumer"}
+    if options.get("ec_connector") == "ECExampleConnector":
+        options = {**options, "ec_connector": "SharedFolder", "ec_connector_module_path": "dynamo_vllm.shared_folder"}
     try:
-        return attr("vllm.config", "ECTransferConfig")(**{"ec_role": "ec_producer" if role == "encode" else "ec_consumer", **options})
+        return attr("vllm.config", "ECTransferConfig")(**{**ours, **options})
     except (ValueError, TypeError) as e:
         raise ConfigError(Problem(f"vLLM does not accept engine.encoders: {e}")) from e
 
