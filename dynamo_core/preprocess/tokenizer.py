@@ -20,7 +20,7 @@ from dynamo_core.preprocess.pieces import Cutter, Definition
 
 INLINE = 4_000
 """Characters up to which tokenizing at once (a millisecond at worst) is cheaper than a thread."""
-CACHE_BYTES = 64 * 2**20
+CACHE_BYTES = 48 * 2**20
 """Texts and tokens that one tokenizer remembers."""
 WORDS = 50_000
 """Words whose tokens one tokenizer remembers: about 12 MB. Past that it starts anew; a language's common words are back within a few prompts."""
