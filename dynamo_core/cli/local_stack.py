@@ -18,6 +18,7 @@ from dynamo_core.discovery.contract import Discovery
 from dynamo_core.errors import ConfigError, DynamoError, Problem, Unavailable
 from dynamo_core.frontend.servers.sockets import reserved_port
 from dynamo_core.frontend.siblings import meeting_place
+from dynamo_core.httpx_client import HttpClient
 from dynamo_core.plugins import Plugins
 
 POLL = 0.1
@@ -106,7 +107,7 @@ class LocalStack:
         :raises ConfigError: a child ended because of its configuration. :raises Unavailable: one ended for good, or not ready within `timeout` seconds.
         """
         started, said = time.monotonic(), ""
-        async with httpx.AsyncClient(timeout=5.0, verify=False, headers={"connection": "close"}) as client:
+        async with HttpClient(timeout=5.0, verify=False, headers={"connection": "close"}) as client:
             while True:
                 if (lost := self.supervisor.lost) is not None:
                     what = f"{lost.name} ended with exit code {lost.exit_code}; its last lines say why"

@@ -16,6 +16,7 @@ from attrs import validators as v
 
 from dynamo_core.errors import Unauthorized, Unavailable
 from dynamo_core.frontend.contract import Principal, bearer
+from dynamo_core.httpx_client import HttpClient
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Jwt:
     async def _read(self) -> str:
         if not self.keys.startswith(("https://", "http://")):
             return await asyncio.to_thread(lambda: Path(self.keys).expanduser().read_text())
-        async with httpx.AsyncClient(timeout=5.0) as client:
+        async with HttpClient(timeout=5.0) as client:
             response = await client.get(self.keys)
             response.raise_for_status()
             return response.text

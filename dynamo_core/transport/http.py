@@ -10,6 +10,7 @@ import httpx
 from attrs import validators as v
 
 from dynamo_core.errors import CannotConnect, ConfigError
+from dynamo_core.httpx_client import HttpClient
 from dynamo_core.transport.contract import Channel, Handler, Server
 from dynamo_core.transport.http_client import HttpChannel
 from dynamo_core.transport.http_server import HttpServer
@@ -57,7 +58,7 @@ class HttpPlane:
         if not address.startswith("http://"):
             raise CannotConnect(f"{address}: not of the form http://host:port")
         try:
-            client = httpx.AsyncClient(
+            client = HttpClient(
                 base_url=address.replace("http://", "https://", 1) if self.tls else address, verify=client_context(self.tls) if self.tls else False,
                 trust_env=False, proxy=self.proxy, limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
                 timeout=httpx.Timeout(self.ping_interval + self.ping_timeout, connect=self.connect_timeout, pool=None))

@@ -21,6 +21,7 @@ from dynamo_core.config import Secret, Use, build
 from dynamo_core.config.schema import choice
 from dynamo_core.ending import ended
 from dynamo_core.errors import ConfigError, ConnectorUnavailable, DynamoError, Problem, ScaleRefused
+from dynamo_core.httpx_client import HttpClient
 from dynamo_core.plugins import Plugins
 from dynamo_core.scaling import Connector, RoleState
 from dynamo_planner.sharing.wire import PATH, Answer, Ask
@@ -69,7 +70,7 @@ class SharedConnector:
             trust = ssl.create_default_context(cafile=str(self.ca)) if self.ca else True
         except (OSError, ssl.SSLError) as e:
             raise ConfigError(Problem(f"the certificates of {self.ca} cannot be read: {e}")) from e
-        self._client = httpx.AsyncClient(base_url=self.url, timeout=self.timeout, verify=trust, headers={"authorization": f"Bearer {self.token}"})
+        self._client = HttpClient(base_url=self.url, timeout=self.timeout, verify=trust, headers={"authorization": f"Bearer {self.token}"})
         try:
             await inner.start()
         except BaseException:

@@ -13,6 +13,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_core.errors import ConfigError, Problem
+from dynamo_core.httpx_client import HttpClient
 from dynamo_planner.config import Metrics
 from dynamo_planner.contract import Load
 from dynamo_planner.observe.samples import NAMES, PRESENCE, START, Growth, Sample, SeveralProcesses, spread
@@ -34,7 +35,7 @@ def http_client(settings: Metrics) -> httpx.AsyncClient:
         raise ConfigError(Problem(f"planner.metrics: TLS cannot be set up with {named}: {e}")) from e
     auth = httpx.BasicAuth(settings.user, settings.password) if settings.user is not None and settings.password is not None else None
     headers = {"authorization": f"Bearer {settings.token}"} if settings.token is not None else {}
-    return httpx.AsyncClient(verify=context, auth=auth, headers=headers, timeout=settings.timeout, trust_env=False)
+    return HttpClient(verify=context, auth=auth, headers=headers, timeout=settings.timeout, trust_env=False)
 
 
 @attrs.define(eq=False)

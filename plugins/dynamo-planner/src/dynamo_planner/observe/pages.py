@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_core.discovery.contract import Discovery
 from dynamo_core.errors import StoreUnavailable
+from dynamo_core.httpx_client import HttpClient
 from dynamo_core.runtime import names
 from dynamo_core.types import Instance, Load
 
@@ -25,7 +26,7 @@ class StatusPages:
 
     discovery: Discovery
     namespace: str
-    _client: httpx.AsyncClient = attrs.field(init=False, factory=lambda: httpx.AsyncClient(timeout=2.0, trust_env=False))
+    _client: httpx.AsyncClient = attrs.field(init=False, factory=lambda: HttpClient(timeout=2.0, trust_env=False))
 
     async def loads(self, instance: Instance, ranks: Sequence[int]) -> Mapping[int, Load]:
         """Its load by rank, read from its gauges; empty when it cannot be asked."""

@@ -18,6 +18,7 @@ from dynamo_core.config.schema import Config
 from dynamo_core.context import Context
 from dynamo_core.ending import ended
 from dynamo_core.errors import Cancelled, Unavailable
+from dynamo_core.httpx_client import HttpClient
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
 from dynamo_core.runtime.fleet import FleetWatch
@@ -165,7 +166,7 @@ async def url_target(url: str, model: str | None, key: str | None, timeout: floa
     """:raises Unavailable: nobody answers, or it serves several models and none was named."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False) as client:
+    async with HttpClient(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False) as client:
         try:
             answer = await client.get("/v1/models")
             served = [entry["id"] for entry in answer.json()["data"]] if answer.status_code == 200 else []
