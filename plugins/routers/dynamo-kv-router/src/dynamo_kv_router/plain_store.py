@@ -37,33 +37,26 @@ class PlainStore:
     def __len__(self) -> int:
         return sum(map(len, self._shards))
 
-    def _shards_of(self, keys: Keys) -> list[int]:
-        return ((keys >> self._shift) & self._mask).tolist()
-
     def add(self, keys: Keys, slot: int, /) -> None:
         bit = 1 << slot
-        names, shards = keys.tolist(), self._shards_of(keys)
-        masks = _each(self._setdefault, shards, names, bit)
-        if masks.count(bit) != len(masks):
-            old = new = 0
-            for shard, key, mask in zip(shards, names, masks, strict=True):
-                if not mask & bit:
-                    if mask != old:
-                        # Neighbours mostly have the same holders: they share one number.
-                        old, new = mask, mask | bit
-                    self._shards[shard][key] = new
-        self._keep_room(len(names))
+        self._change(self._setdefault, keys, bit, bit.__or__)
+        self._keep_room(len(keys))
 
     def remove(self, keys: Keys, slot: int, /) -> None:
         bit = 1 << slot
-        names, shards = keys.tolist(), self._shards_of(keys)
-        masks = _each(self._pop, shards, names, bit)
+        self._change(self._pop, keys, bit, (~bit).__and__)
+
+    def _change(self, methods: Sequence[Callable[[int, int], int]], keys: Keys, bit: int, changed: Callable[[int], int]) -> None:
+        """Call the method of its shard for each key, as if nobody else held it; where its mask says otherwise, write what that becomes."""
+        names, shards = keys.tolist(), ((keys >> self._shift) & self._mask).tolist()
+        masks = _each(methods, shards, names, bit)
         if masks.count(bit) != len(masks):
             old = new = 0
             for shard, key, mask in zip(shards, names, masks, strict=True):
                 if mask != bit:
                     if mask != old:
-                        old, new = mask, mask & ~bit
+                        # Neighbours mostly have the same holders: they share one number.
+                        old, new = mask, changed(mask)
                     self._shards[shard][key] = new
 
     def sweep(self, shard: int, dead: int, /) -> None:
