@@ -89,7 +89,8 @@ def _summary(config: Config, routing: dict[str, dict[str, str]]) -> Iterator[str
     yield f"  planes    discovery {config.discovery.name}, requests {config.request_plane.name}, events {config.event_plane.name}"
     yield f"  frontend  {config.frontend.host}:{config.frontend.port}, {config.frontend.http_server.name}"
     for worker in config.workers:
-        yield f"  workers   {worker.count} x {worker.name} ({worker.engine.name})" + (f" in {worker.namespace}" if worker.namespace else "")
+        where = (f" in {worker.namespace}" if worker.namespace else "") + (" inside the process that routes" if worker.inside else "")
+        yield f"  workers   {worker.count} x {worker.name} ({worker.engine.name}){where}"
     for table, facts in routing.items():
         for fact, provider in facts.items():
             yield f"  {table:<9} needs {fact}, from {provider}"
@@ -106,5 +107,5 @@ def _warnings(config: Config, plugins: Plugins) -> Iterator[str]:
         close = difflib.get_close_matches(name, installed, 1)
         yield f"plugins.disabled: no plugin {name!r} is installed" + (f"; did you mean {close[0]!r}?" if close else "")
     for kind, use in (("discovery", config.discovery), ("request_plane", config.request_plane), ("event_plane", config.event_plane)):
-        if use.name in ("memory", "in-process"):
+        if use.name in ("memory", "in-process") and not (config.workers and all(worker.inside for worker in config.workers)):
             yield f"{kind} {use.name!r} stays inside one process: `dynamo up`, `dynamo frontend` and `dynamo worker` are several"

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from dynamo_core.cli.options import ConfigFile, Overrides
 from dynamo_core.cli.supervisor import Child, Supervisor
 from dynamo_core.config import load, load_with_plugins
+from dynamo_core.config.load import tables_inside
 from dynamo_core.config.schema import Config
 from dynamo_core.config.tree import Key
 from dynamo_core.frontend.servers.sockets import reserved_port
@@ -40,9 +41,9 @@ def frontend(
     return run_role(lambda stop: serve_frontend(config, plugins, stop, lambda: load(file, overrides=overrides, plugins=plugins, foreign=_foreign)))
 
 
-def _foreign(at: Key) -> bool:
-    """Engines and planners run elsewhere."""
-    return at[0] in ("workers", "planner")
+def _foreign(at: Key, written: Mapping[str, Any]) -> bool:
+    """Planners run elsewhere, and so do engines that are not inside."""
+    return at[0] == "planner" or (at[0] == "workers" and at[1] not in tables_inside(written))
 
 
 async def _several(config: Config, arguments: list[str], stop: asyncio.Event) -> int:

@@ -20,6 +20,7 @@ from dynamo_core.frontend.servers.sockets import reserved_port
 from dynamo_core.frontend.siblings import meeting_place
 from dynamo_core.httpx_client import HttpClient
 from dynamo_core.plugins import Plugins
+from dynamo_core.runtime.inside import copies
 
 POLL = 0.1
 _FRONTEND, _WORKER = 0, 1
@@ -47,13 +48,15 @@ class LocalStack:
                    say: Callable[[str, str], None]) -> AsyncGenerator[LocalStack]:
         """:param say: receives (child name, line) for everything that the children print."""
         if config.discovery.name == "memory" or config.request_plane.name == "in-process":
-            raise ConfigError(Problem("`dynamo up` starts a process for each role, and they cannot meet through memory",
-                                      config.discovery.where, remedy='use discovery = "file" and request_plane = "tcp"'))
+            whole = config.workers and all(worker.inside for worker in config.workers)
+            remedy = "all workers are inside: `dynamo frontend` is the whole stack" if whole else 'use discovery = "file" and request_plane = "tcp"'
+            raise ConfigError(Problem("`dynamo up` starts a process for each role, and they cannot meet through memory", config.discovery.where, remedy=remedy))
         settings = config.frontend
         if settings.tls and settings.tls.client_ca and settings.admin is None:
             raise ConfigError(Problem("`dynamo up` cannot ask a frontend that wants client certificates whether it is ready", "frontend.tls.client_ca",
                                       remedy="add [frontend.admin]: an address of its own for health, metrics and debug"))
-        grace = max([config.frontend.drain_timeout, *(worker.drain_timeout for worker in config.workers)])
+        drains = {inside: max([worker.drain_timeout for *_, worker in copies(config, inside=inside)], default=0.0) for inside in (True, False)}
+        grace = max(config.frontend.drain_timeout + 2 * drains[True], drains[False])  # a frontend drains first, then the workers inside
         supervisor = Supervisor(say, grace=grace)
         shared = [*([str(path)] if path else []), *(f"--set={override}" for override in overrides)]
         discovery: Discovery = build(config.discovery, "discovery", plugins)
@@ -66,10 +69,8 @@ class LocalStack:
             environments = held.enter_context(meeting_place(names))
             stack = cls(config, discovery, supervisor)
             try:
-                for index, worker in enumerate(config.workers):
-                    for copy in range(worker.count):
-                        name = f"{worker.name}-{copy}" if len(config.workers) == 1 else f"{worker.name}-{index}.{copy}"
-                        supervisor.start(Child(name, ["worker", *shared, f"--index={index}"], rank=_WORKER))
+                for name, index, _ in copies(config, inside=False):
+                    supervisor.start(Child(name, ["worker", *shared, f"--index={index}"], rank=_WORKER))
                 for name, environment in zip(names, environments, strict=True):
                     supervisor.start(Child(name, frontend, rank=_FRONTEND, environment=environment))
                 yield stack

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-STABLE = 30.0
-"""Seconds after which a child counts as well, and its next crash is restarted at once."""
+from dynamo_core.runtime.restarts import Crashes
+
 CONFIGURATION = 2
 """Exit code of a child that will not do better the next time."""
 HOPELESS = 5
@@ -78,7 +78,7 @@ class Supervisor:
             self.children.remove(child)
 
     async def _watch(self, child: Child) -> None:
-        crashes = 0
+        crashes = Crashes()
         while not self._stopping and not child.leaving.is_set():
             started = time.monotonic()
             child.process = await asyncio.create_subprocess_exec(
@@ -100,12 +100,11 @@ class Supervisor:
             if child.exit_code == 0:
                 self._say(child.name, "was asked to end; starting its successor")
                 continue
-            crashes = 1 if time.monotonic() - started > STABLE else crashes + 1
-            if crashes > HOPELESS:
-                self._say(child.name, f"ended {crashes} times in a row; it is not started again")
+            delay = crashes.pause(time.monotonic() - started)
+            if crashes.count > HOPELESS:
+                self._say(child.name, f"ended {crashes.count} times in a row; it is not started again")
                 self._give_up(child)
                 return
-            delay = min(0.5 * 2 ** (crashes - 1), 15.0)
             ended = signal.Signals(-child.exit_code).name if child.exit_code < 0 else f"exit code {child.exit_code}"
             self._say(child.name, f"ended ({ended}); starting again in {delay:g} s")
             with contextlib.suppress(TimeoutError):

@@ -22,17 +22,27 @@ from dynamo_core.plugins import Plugins
 T = TypeVar("T")
 
 
-def _nothing(at: Key) -> bool:
+Foreign = Callable[[Key, Mapping[str, Any]], bool]
+"""Whether a place, such as `("workers", 0, "engine")`, is for processes of another role, given the whole configuration as written."""
+
+
+def _nothing(at: Key, written: Mapping[str, Any]) -> bool:
     """Every place is for this process."""
     return False
 
 
+def tables_inside(written: Mapping[str, Any]) -> set[int]:
+    """Numbers of the `[[workers]]` tables that say, as written and not yet checked, that the process that routes runs them."""
+    tables: Any = written.get("workers")
+    return {number for number, table in enumerate(tables) if isinstance(table, Mapping) and table.get("inside") is True} if isinstance(tables, list) else set()  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType,reportUnknownMemberType]
+
+
 def load(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ,
-         plugins: Plugins | None = None, foreign: Callable[[Key], bool] = _nothing) -> Config:
+         plugins: Plugins | None = None, foreign: Foreign = _nothing) -> Config:
     """Read, layer and check a configuration. `text` stands for the content of `path`; without both, `DYNAMO_CONFIG` names the file.
 
-    With `plugins`, each component that is used is imported and its options are checked: but not where `foreign` says that a place, such as
-    `("workers", 0, "engine")`, is for processes of another role. Their plugins need not be installed here, and their secrets (empty) not be readable.
+    With `plugins`, each component that is used is imported and its options are checked: but not where `foreign` says that a place
+    is for processes of another role. Their plugins need not be installed here, and their secrets (empty) not be readable.
 
     :raises ConfigError: with every problem at once.
     """
@@ -40,7 +50,7 @@ def load(path: Path | None = None, *, text: str | None = None, overrides: Sequen
 
 
 def load_with_plugins(path: Path | None = None, *, text: str | None = None, overrides: Sequence[str] = (),
-                      environ: Mapping[str, str] = os.environ, foreign: Callable[[Key], bool] = _nothing) -> tuple[Config, Plugins]:
+                      environ: Mapping[str, str] = os.environ, foreign: Foreign = _nothing) -> tuple[Config, Plugins]:
     """What a process does at start: the plugins, less those that the configuration itself turns off, and the configuration checked against them.
 
     :raises ConfigError: with every problem at once.
@@ -68,10 +78,10 @@ def check(path: Path | None = None, *, text: str | None = None, overrides: Seque
 
 
 def resolve(path: Path | None, *, text: str | None, overrides: Sequence[str], environ: Mapping[str, str], plugins: Plugins | None,
-            foreign: Callable[[Key], bool] = _nothing) -> tuple[Config, Tree]:
+            foreign: Foreign = _nothing) -> tuple[Config, Tree]:
     """The configuration, and the tree that says where each of its values was written."""
     tree, problems = _layered(path, text, overrides, environ)
-    structurer = Structurer(tree.marks, plugins, environ, foreign)
+    structurer = Structurer(tree.marks, plugins, environ, lambda at: foreign(at, tree.data))
     structurer.problems.extend(problems)
     try:
         config: Config = structurer.table(Config, tree.data, ())

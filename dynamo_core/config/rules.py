@@ -31,6 +31,10 @@ def _config(config: Config) -> Iterator[Conflict]:
         for name, use in (("discovery", config.discovery), ("request_plane", config.request_plane), ("event_plane", config.event_plane)):
             if use.name in ("memory", "in-process"):
                 yield ("frontend", "processes"), f"frontend.processes is {frontend.processes}, but the {name} {use.name!r} stays inside one process", ""
+        for index, worker in enumerate(config.workers):
+            if worker.inside and worker.count:
+                what = f"frontend.processes is {frontend.processes}, and each of them would run workers[{index}], which is inside"
+                yield ("workers", index, "inside"), what, "keep frontend.processes at 1, or leave `inside` out: `dynamo up` then starts a process for it"
 
 
 def _router(router: Router, at: Key) -> Iterator[Conflict]:

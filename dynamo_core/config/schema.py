@@ -211,7 +211,10 @@ class Worker:
     namespace: str | None = attrs.field(default=None, validator=v.optional(v.matches_re(r"[a-z0-9][a-z0-9_-]*")))
     """Instead of the namespace of the file: a pool behind a global router, which this file's frontend does not see."""
     count: int = attrs.field(default=1, validator=v.ge(0))
-    """How many processes `dynamo up` starts."""
+    """How many of it there are: processes that `dynamo up` starts, or workers inside one."""
+    inside: bool = False
+    """The process that routes (`dynamo frontend`, `dynamo router`) runs it, instead of a process of its own: for engines that compute nothing there, such as
+    `openai` and `echo`. What an engine computes in Python or does wrong would hold up, or end, every stream."""
     role: str | None = attrs.field(default=None, validator=v.optional(v.in_(["aggregated", "prefill", "decode", "encode"])))
     """Instead of the role that the engine's card names."""
     served_name: str | None = None
@@ -383,7 +386,7 @@ class Config:
     disaggregation: Disaggregation = attrs.field(factory=Disaggregation)
     """How prompts travel between prefill and decode workers."""
     workers: tuple[Worker, ...] = ()
-    """The engines that `dynamo up` starts."""
+    """The engines that `dynamo up` starts, or that run inside the process that routes."""
     planner: Use | None = choice("planner")
     """What decides how many workers there are, for `dynamo planner run`."""
     status: Status = attrs.field(factory=Status)

@@ -27,6 +27,7 @@ from dynamo_core.pipeline.observers import finished_observers
 from dynamo_core.pipeline.reload import follow_sighup
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
+from dynamo_core.runtime.inside import workers_inside
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.runtime.status import serve_status
 from dynamo_core.runtime.worker_role import process_registry
@@ -38,7 +39,7 @@ _MEET = 10.0
 
 
 async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, again: Callable[[], Config] | None = None) -> int:
-    """Serve until `stop` is set, then drain: discovery stays up until the last stream has ended.
+    """Serve until `stop` is set, then drain: discovery, and the workers inside, stay up until the last stream has ended.
 
     :param again: reads the configuration anew; SIGHUP has the routing stacks follow it.
     """
@@ -52,9 +53,11 @@ async def serve_frontend(config: Config, plugins: Plugins, stop: asyncio.Event, 
         async with (
             Runtime.open(config, plugins) as runtime,
             FleetCatalog.open(runtime, registry) as catalog,
+            workers_inside(config, plugins, registry) as inside,
             HoldingRoom.open(runtime, catalog, settings.hold, registry) if settings.hold else contextlib.nullcontext() as holding,
             contextlib.AsyncExitStack() as entered,
         ):
+            catalog.beside.append(inside)
             authenticator: Any = build(settings.authenticator, "authenticator", plugins) if settings.authenticator else None
             limiter: Any = build(settings.rate_limiter, "rate_limiter", plugins) if settings.rate_limiter else None
             if hasattr(limiter, "__aenter__"):

@@ -36,6 +36,7 @@ from dynamo_core.pipeline.surroundings import Attachments
 from dynamo_core.pipeline.waiting import QueueMetrics
 from dynamo_core.preprocess.contract import Preprocessor
 from dynamo_core.preprocess.text import TextPreprocessor
+from dynamo_core.routing.contract import Reports
 from dynamo_core.routing.ring import Ring
 from dynamo_core.routing.router import Router
 from dynamo_core.runtime import names
@@ -84,6 +85,8 @@ class FleetCatalog:
         self._replicas = Replicas(runtime) if self._config.router.sync else None
         self.when_ready: list[Callable[[], None]] = []
         """Called each time that a worker has become ready to serve."""
+        self.beside: list[Reports] = []
+        """What else in this process has named degraded states."""
         self.stacks = Stacks(self._config.router, runtime.plugins, self._ring, alone=self._config.frontend.processes == 1)
 
     @classmethod
@@ -182,7 +185,7 @@ class FleetCatalog:
     def problems(self) -> dict[str, str]:
         """Named degraded states; empty when all is well."""
         refused = {f"worker {id & 0xFFFFFF:06x}": why for (id, _), why in self._refused.items()}
-        sources = (self._runtime, self._watch, self._partings, self._feeds, self._attachments, self.stacks, *filter(None, (self._replicas,)))
+        sources = (self._runtime, self._watch, self._partings, self._feeds, self._attachments, self.stacks, *filter(None, (self._replicas,)), *self.beside)
         return {name: problem for source in sources for name, problem in source.problems().items()} | refused
 
     # -------------------------------------------------------------- what discovery says

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.types import Load
+
+
+class ProcessRegistry(CollectorRegistry):
+    """What a process exports: its own series, and those of the workers that it runs, each with the name of its worker.
+
+    Workers export the same families, and engines may export families of ours (a global router has routers): what has one name is one family.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers: dict[str, Callable[[], Iterable[Metric]]] = {}
+        """Read at each scrape."""
+
+    def collect(self) -> Iterator[Metric]:
+        if not self.workers:
+            return iter(super().collect())
+        found: dict[str, Metric] = {}
+        for label, families in ({}, super().collect()), *(({"worker": worker}, series()) for worker, series in self.workers.items()):
+            for family in families:
+                merged = found.setdefault(family.name, Metric(family.name, family.documentation, family.type, family.unit))
+                merged.samples += [sample._replace(labels={**sample.labels, **label}) for sample in family.samples]
+        return iter(found.values())
 
 
 class WorkerMetrics:

@@ -43,7 +43,10 @@ _encode = msgspec.msgpack.encode
 class Worker:
     """Serves one engine under `namespace.<name>.generate`."""
 
-    def __init__(self, runtime: Runtime, engine: Engine, settings: Settings, metrics: WorkerMetrics, *, settle: float = SETTLE) -> None:
+    def __init__(self, runtime: Runtime, engine: Engine, settings: Settings, metrics: WorkerMetrics, *, settle: float = SETTLE,
+                 label: str = "") -> None:
+        """:param label: in log lines, where a process has several workers of one name."""
+        self.label = label or settings.name
         self.runtime = runtime
         self.engine = engine
         self.settings = settings
@@ -76,7 +79,7 @@ class Worker:
         """Start the engine, prove it by a canary, and announce it."""
         started = time.monotonic()
         context = EngineContext(progress=self._progress, kv_events=self._kv_events, load=self._load, died=self._died, offer=self._offer,
-                                name=self.settings.name, config=self.runtime.config, plugins=self.runtime.plugins)
+                                name=self.label, config=self.runtime.config, plugins=self.runtime.plugins)
         await self._open_publishers()
         self.runtime.on_new_lease(self._open_publishers)
         heartbeat = asyncio.create_task(self._heartbeat(), name="start-up heartbeat")
@@ -139,14 +142,14 @@ class Worker:
 
     def _progress(self, phase: str, fraction: float | None) -> None:
         if phase != self.phase[0]:
-            log.info("worker %s: %s", self.settings.name, phase)
+            log.info("worker %s: %s", self.label, phase)
         self.phase = (phase, fraction)
 
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(5)
             phase, fraction = self.phase
-            log.info("worker %s: still in phase %s%s", self.settings.name, phase, "" if fraction is None else f", {fraction:.0%}")
+            log.info("worker %s: still in phase %s%s", self.label, phase, "" if fraction is None else f", {fraction:.0%}")
 
     async def _open_publishers(self) -> None:
         for topic in ("load", "kv"):
@@ -273,7 +276,7 @@ class Worker:
                 if self.dead.is_set():
                     return
                 if self._problem is None:
-                    log.error("worker %s does not answer its canary and leaves discovery: %s", self.settings.name, e)
+                    log.error("worker %s does not answer its canary and leaves discovery: %s", self.label, e)
                 self._problem = f"canary: {e or type(e).__name__}"
                 await self.withdraw()
                 if not self.admission.moved:
@@ -282,7 +285,7 @@ class Worker:
                 self.admission.moved = False
             else:
                 if self._problem is not None:
-                    log.warning("worker %s answers again", self.settings.name)
+                    log.warning("worker %s answers again", self.label)
                     self._problem = None
                     await self._announce()
 
@@ -329,7 +332,7 @@ class Worker:
 
     def _set_dead(self, reason: str) -> None:
         if not self.dead.is_set():
-            log.error("the engine of worker %s died: %s", self.settings.name, reason)
+            log.error("the engine of worker %s died: %s", self.label, reason)
             self._problem = reason
             self.dead.set()
 
@@ -355,12 +358,12 @@ class Worker:
             self._canary.cancel()
         if self._visible:
             await self.withdraw()
-            log.info("worker %s left discovery; %d requests in progress", self.settings.name, self.admission.in_flight)
+            log.info("worker %s left discovery; %d requests in progress", self.label, self.admission.in_flight)
             await asyncio.sleep(min(self._settle, self.settings.drain_timeout))
         self.admission.close("this worker is leaving")
         if not await self.admission.idle(self.settings.drain_timeout):
             log.warning("worker %s: %d requests are still in progress after %g s; they move to other workers",
-                        self.settings.name, self.admission.in_flight, self.settings.drain_timeout)
+                        self.label, self.admission.in_flight, self.settings.drain_timeout)
             self.admission.break_all(WorkerDraining("this worker is leaving"))
             await self.admission.idle(2.0)
         if isinstance(self.engine, Drains):

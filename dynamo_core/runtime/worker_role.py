@@ -1,10 +1,11 @@
-"""`dynamo worker`: one engine in one process, from start to drained."""
+"""The life of a worker, from start to drained, and `dynamo worker`: a process with one of them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import attrs
@@ -18,7 +19,7 @@ from dynamo_core.errors import ConfigError, DynamoError, EngineDead, EngineFaile
 from dynamo_core.observability import tracing
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
-from dynamo_core.runtime.metrics import WorkerMetrics
+from dynamo_core.runtime.metrics import ProcessRegistry, WorkerMetrics
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.runtime.status import serve_status, status_app
 from dynamo_core.runtime.worker import Worker
@@ -26,9 +27,9 @@ from dynamo_core.runtime.worker import Worker
 log = logging.getLogger(__name__)
 
 
-def process_registry() -> CollectorRegistry:
+def process_registry() -> ProcessRegistry:
     """A registry with what every process exports of itself: memory, CPU time, open files, collections."""
-    registry = CollectorRegistry()
+    registry = ProcessRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
@@ -40,18 +41,13 @@ async def serve_worker(config: Config, settings: Settings, plugins: Plugins, sto
 
     :raises ConfigError: the engine cannot be built from its options.
     """
-    if settings.namespace is not None:
-        config = attrs.evolve(config, namespace=settings.namespace)
-    engine: Any = build(settings.engine, "engine", plugins)
-    tracing.setup(f"dynamo-{settings.name}", config.observability.otlp_endpoint, config.observability.trace_ratio)
     registry = process_registry()
-    metrics = WorkerMetrics(registry, namespace=config.namespace, component=settings.name)
-    async with Runtime.open(config, plugins) as runtime:
-        worker = Worker(runtime, engine, settings, metrics)
-        metrics.watch_in_flight(lambda: worker.admission.in_flight)
+    async with unstarted(config, settings, plugins, registry) as worker:
+        tracing.setup(f"dynamo-{settings.name}", config.observability.otlp_endpoint, config.observability.trace_ratio)
         try:
             if not config.status.enabled:
-                return await _serve(worker, stop)
+                return await serve(worker, stop)
+            engine = worker.engine
             app = status_app(settings.name, worker.problems, registry, worker.control, engine.metrics if isinstance(engine, HasMetrics) else None,
                              engine.problems if isinstance(engine, Reports) else None,
                              lambda: None if (cards := worker.models()) is None else [card.name for card in cards])
@@ -61,13 +57,34 @@ async def serve_worker(config: Config, settings: Settings, plugins: Plugins, sto
                 except OSError as e:
                     what = f"the status endpoint cannot listen on {config.status.host}:{config.status.port}: {e.strerror or e}"
                     raise ConfigError(Problem(what, remedy="leave status.port out: any free port is taken")) from e
-                await runtime.register("status", lambda id: (names.of_status(config.namespace, settings.name, id), url.encode()))
-                return await _serve(worker, stop)
+                space = worker.runtime.config.namespace
+                await worker.runtime.register("status", lambda id: (names.of_status(space, settings.name, id), url.encode()))
+                return await serve(worker, stop)
         finally:
             tracing.shutdown()
 
 
-async def _serve(worker: Worker, stop: asyncio.Event) -> int:
+@contextlib.asynccontextmanager
+async def unstarted(config: Config, settings: Settings, plugins: Plugins, registry: CollectorRegistry, label: str = "") -> AsyncGenerator[Worker]:
+    """A worker with its engine, and a lease of its own until left.
+
+    :param registry: where it counts. :param label: as in `Worker`. :raises ConfigError: the engine cannot be built from its options.
+    """
+    if settings.namespace is not None:
+        config = attrs.evolve(config, namespace=settings.namespace)
+    engine: Any = build(settings.engine, "engine", plugins)
+    metrics = WorkerMetrics(registry, namespace=config.namespace, component=settings.name)
+    async with Runtime.open(config, plugins) as runtime:
+        worker = Worker(runtime, engine, settings, metrics, label=label)
+        metrics.watch_in_flight(lambda: worker.admission.in_flight)
+        yield worker
+
+
+async def serve(worker: Worker, stop: asyncio.Event) -> int:
+    """Start the worker and serve until `stop` is set, then drain; or until its engine dies. Returns the exit code that a process deserves for it.
+
+    :raises DynamoError: the engine did not start.
+    """
     stopping = asyncio.create_task(stop.wait())
     died = asyncio.create_task(worker.dead.wait())
     starting = asyncio.create_task(worker.start(), name="start")

@@ -26,7 +26,7 @@ from dynamo_core.runtime.metrics import WorkerMetrics
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.runtime.status import serve_status, status_app
 from dynamo_core.runtime.worker import Worker
-from dynamo_core.runtime.worker_role import _serve
+from dynamo_core.runtime.worker_role import serve
 from dynamo_core.types import Output, Request, Stops
 
 _names = itertools.count()
@@ -179,7 +179,7 @@ async def test_requests_that_move_need_no_canary() -> None:
 async def test_an_engine_that_dies_ends_its_streams_migratably_and_the_role_with_code_1() -> None:
     async with bench(start=False) as it:
         stop = asyncio.Event()
-        role = asyncio.create_task(_serve(it.worker, stop))
+        role = asyncio.create_task(serve(it.worker, stop))
         await it.until(it.visible)
         reading, got = it.read(1000)
         await it.until(lambda: got)
@@ -195,13 +195,13 @@ async def test_an_engine_that_dies_ends_its_streams_migratably_and_the_role_with
 async def test_an_engine_that_does_not_start_is_a_sentence() -> None:
     async with bench(FragileEngine(start_error=RuntimeError("no such device")), start=False) as it:
         with pytest.raises(EngineFailed, match="engine 'echo' did not start: RuntimeError: no such device"):
-            await _serve(it.worker, asyncio.Event())
+            await serve(it.worker, asyncio.Event())
 
 
 async def test_the_role_ends_with_code_0_when_it_is_asked_to() -> None:
     async with bench(start=False) as it:
         stop = asyncio.Event()
-        role = asyncio.create_task(_serve(it.worker, stop))
+        role = asyncio.create_task(serve(it.worker, stop))
         await it.until(it.visible)
         stop.set()
         assert await role == 0

@@ -255,14 +255,14 @@ def _tables(config: Config) -> dict[str, int]:
     found: dict[str, int] = {}
     for index, worker in enumerate(config.workers):
         role = _role(worker)
-        if role not in ROLES:
+        if role not in ROLES or worker.inside:
             continue
         if role in found:
             raise ConfigError(Problem(f"[[workers]] tables {found[role]} and {index} both have the role {role!r}, so which one to start is unclear",
                                       worker.engine.where, remedy="give the planner a file with one table for each role"))
         found[role] = index
     if not found:
-        raise ConfigError(Problem("there is no [[workers]] table, so there is nothing to start", remedy="name the stack as `file`"))
+        raise ConfigError(Problem("there is no [[workers]] table of processes, so there is nothing to start", remedy="name the stack as `file`"))
     return found
 
 

@@ -39,13 +39,19 @@ async def serve_router(config: Config, plugins: Plugins, stop: asyncio.Event, ag
     """Serve until `stop` is set. :param again: reads the configuration anew; SIGHUP has the routing stacks follow it."""
     from dynamo_core.pipeline.catalog import FleetCatalog
     from dynamo_core.pipeline.reload import follow_sighup
+    from dynamo_core.runtime.inside import workers_inside
     from dynamo_core.runtime.runtime import Runtime
     from dynamo_core.runtime.status import serve_status
     from dynamo_core.runtime.worker_role import process_registry
     from dynamo_kv_router.service import RouterService
 
     registry = process_registry()
-    async with Runtime.open(config, plugins) as runtime, FleetCatalog.open(runtime, registry) as catalog:
+    async with (
+        Runtime.open(config, plugins) as runtime,
+        FleetCatalog.open(runtime, registry) as catalog,
+        workers_inside(config, plugins, registry) as inside,
+    ):
+        catalog.beside.append(inside)
         service = RouterService(catalog, registry)
         follow_sighup(config, catalog, again)
         endpoints = service.endpoints()
