@@ -6,6 +6,8 @@
     │   └── UndeclaredFact    a policy read a fact that it did not declare
     ├── RequestError          the client's fault: an OpenAI-shaped 4xx
     │   ├── ModelNotFound     404
+    │   ├── RequestNotFound   404, no request of that id is under way
+    │   ├── IdInUse           409, another request of that id is under way
     │   ├── PromptTooLong     400
     │   ├── BodyTooLarge      413
     │   ├── BodyTooSlow       408
@@ -129,6 +131,16 @@ class RequestError(DynamoError):
 class ModelNotFound(RequestError):
     code = "model_not_found"
     status = 404
+
+
+class RequestNotFound(RequestError):
+    code = "request_not_found"
+    status = 404
+
+
+class IdInUse(RequestError):
+    code = "id_in_use"
+    status = 409
 
 
 class PromptTooLong(RequestError):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 
+from dynamo_core.cards import Role
 from dynamo_core.context import Context
 from dynamo_core.errors import CannotConnect, Disconnected, DynamoError, EngineDead, StreamTimeout, WorkerDraining, WorkerOverloaded
 from dynamo_core.pipeline.places import Places, as_engines_see
 from dynamo_core.pipeline.waiting import QueueMetrics, WaitingRoom
+from dynamo_core.routing.bookings import Outcome
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.router import Router
@@ -26,36 +27,51 @@ OVERLOAD_PAUSE = 0.25
 """Seconds for which a worker that said it is at capacity is avoided."""
 
 
-class Leg:
-    """The part of a request that one worker serves."""
+class Booking:
+    """The place of one request at one worker: what the router counts on, kept true by whoever hears of the request."""
 
-    __slots__ = ("_block_size", "_grown", "_router", "_tokens", "decision", "request_id", "stream", "worker")
+    __slots__ = ("_block_size", "_grown", "_router", "decision", "request_id", "tokens", "worker")
 
-    def __init__(self, router: Router, decision: Decision, worker: Worker, stream: Stream, request_id: str, block_size: int) -> None:
+    def __init__(self, router: Router, decision: Decision, worker: Worker, request_id: str, block_size: int) -> None:
         self._router = router
         self._block_size = block_size
-        self._tokens = 0
         self._grown = 0
         self.decision = decision
         self.worker = worker
-        self.stream = stream
         self.request_id = request_id
+        self.tokens = 0
+        """Generated so far, of all choices."""
 
     def received(self, tokens: int, cached_tokens: int | None) -> None:
-        """Keep the bookings true: at the first token, and at each block boundary after it."""
-        if not self._tokens:
+        """So many more have come: told to the router at the first token, and at each block boundary after it."""
+        if not self.tokens:
             self._router.first_token(self.request_id, self.worker, cached_tokens)
+            self.found(cached_tokens)
+        self.tokens += tokens
+        if self.tokens - self._grown >= self._block_size:
+            self._grown = self.tokens
+            self._router.grew(self.request_id, self.worker, self.tokens)
+
+    def found(self, cached_tokens: int | None) -> None:
+        """The engine's word on how much of the prompt it had, for engines that have it only after the first token. The first word counts."""
+        if self.decision.cached_tokens is None:
             self.decision.cached_tokens = cached_tokens
             self._router.observer.found(self.decision, cached_tokens)
-        self._tokens += tokens
-        if self._tokens - self._grown >= self._block_size:
-            self._grown = self._tokens
-            self._router.grew(self.request_id, self.worker, self._tokens)
 
-    def end(self, outcome: Literal["done", "failed", "cancelled"]) -> None:
+    def end(self, outcome: Outcome) -> None:
         """Free the booking. Call exactly once."""
         self.decision.outcome = outcome
         self._router.finished(self.request_id, self.worker, outcome)
+
+
+class Leg(Booking):
+    """The part of a request that one worker serves."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, booking: Booking, stream: Stream) -> None:
+        super().__init__(booking._router, booking.decision, booking.worker, booking.request_id, booking._block_size)
+        self.stream = stream
 
 
 class Dispatcher:
@@ -75,6 +91,10 @@ class Dispatcher:
     def label(self, worker: Worker) -> str:
         return self.router.label(worker)
 
+    def asked(self, request: Request, failed: Sequence[Worker] = (), tenant: str | None = None) -> RoutingRequest:
+        """What the router may know about this request, as one to workers of this role."""
+        return routing_request(request, failed, tenant, self.router.role)
+
     def changed(self) -> None:
         """Wake whoever waits for a worker."""
         self._changed.set()
@@ -90,9 +110,8 @@ class Dispatcher:
 
     async def dispatch(self, request: Request, asked: RoutingRequest, context: Context, block_size: int) -> Leg:
         """Route and open. :raises NoWorker: nobody can take it. :raises CannotConnect: the chosen one does not answer."""
-        decision = await self._place(asked, context)
-        worker = decision.worker
-        assert worker is not None, "who is placed has a worker"
+        booking = await self.book(asked, context, block_size)
+        worker = booking.worker
         try:
             if (instance := self.instances.get(worker.instance)) is None:
                 raise Disconnected("the worker left before the request was sent")
@@ -101,12 +120,21 @@ class Dispatcher:
             channel = self._channels.ready(instance.address) or await self._channels.get(instance.address)
             stream = channel.open(f"{instance.namespace}.{instance.component}.{names.GENERATE}", _encode(request), context)
         except BaseException as e:
-            self.router.finished(asked.id, worker, "failed" if isinstance(e, DynamoError) else "cancelled")
+            booking.end("failed" if isinstance(e, DynamoError) else "cancelled")
             if isinstance(e, CannotConnect):
                 self.failed(worker, e)
             raise
-        decision.dispatched = worker
-        return Leg(self.router, decision, worker, stream, asked.id, block_size)
+        booking.decision.dispatched = worker
+        return Leg(booking, stream)
+
+    async def book(self, asked: RoutingRequest, context: Context, block_size: int) -> Booking:
+        """All of a dispatch but the sending: route, wait in the queue if there is one, and book. The caller ends the booking.
+
+        :raises AllBusy: the queue is full, or patience ran out. :raises NoWorker: nobody can take it. :raises Cancelled: the caller left.
+        """
+        decision = await self._place(asked, context)
+        assert decision.worker is not None, "who is placed has a worker"
+        return Booking(self.router, decision, decision.worker, asked.id, block_size)
 
     async def _place(self, asked: RoutingRequest, context: Context) -> Decision:
         """Choose and book, now or once there is room."""
@@ -145,10 +173,10 @@ class Dispatcher:
                 pass
 
 
-def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str | None = None) -> RoutingRequest:
-    """What policies may know about this request."""
+def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str | None = None, role: Role = "aggregated") -> RoutingRequest:
+    """What policies may know about this request. :param role: of the workers that are asked."""
     token_ids, media = as_engines_see(request.token_ids, request.media) if request.media else (request.token_ids, ())
     return RoutingRequest(
-        id=request.id, model=request.model, token_ids=token_ids, prompt_tokens=len(token_ids), hints=request.hints, adapter=request.adapter,
+        id=request.id, model=request.model, token_ids=token_ids, prompt_tokens=len(token_ids), role=role, hints=request.hints, adapter=request.adapter,
         cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant, media=media,
     )
