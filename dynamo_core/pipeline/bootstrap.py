@@ -22,7 +22,7 @@ from dynamo_core.config.schema import Migration
 from dynamo_core.context import Context
 from dynamo_core.ending import ended
 from dynamo_core.errors import Cancelled, Disconnected, DynamoError, NoWorker, PeerLost, RequestError, StreamError
-from dynamo_core.pipeline.dispatch import Dispatcher, Leg, routing_request
+from dynamo_core.pipeline.dispatch import Dispatcher, Leg
 from dynamo_core.pipeline.handover import HandoverStream, go_on, only_the_prompt
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.routing.contract import Worker
@@ -101,7 +101,7 @@ class BootstrapStream(HandoverStream):
         for _ in range(self._settings.limit + 1):
             try:
                 leg = await self._prefill.dispatch(
-                    asked, routing_request(asked, self._failed_prefill, self._context.tenant), self._context, self._card.block_size)
+                    asked, self._prefill.asked(asked, self._failed_prefill, self._context.tenant), self._context, self._card.block_size)
             except StreamError as e:
                 problem = NoWorker("the prompt", [str(e)])
                 continue

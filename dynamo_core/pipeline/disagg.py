@@ -18,7 +18,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Disaggregation, Migration
 from dynamo_core.context import Context
 from dynamo_core.errors import DynamoError, NoWorker, RequestError, StreamError
-from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
+from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.pipeline.handover import HandoverStream, only_the_prompt
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.routing.contract import Worker
@@ -73,7 +73,7 @@ class DisaggregatedStream(HandoverStream):
 
     async def _ask(self, request: Request, failed: list[Worker]) -> Prefilled:
         dispatcher = self._prefill_dispatcher
-        leg = await dispatcher.dispatch(request, routing_request(request, failed, self._context.tenant), self._context, self._card.block_size)
+        leg = await dispatcher.dispatch(request, dispatcher.asked(request, failed, self._context.tenant), self._context, self._card.block_size)
         self.decisions.append(leg.decision.id)
         self.workers.append(dispatcher.label(leg.worker))
         outcome = "failed"

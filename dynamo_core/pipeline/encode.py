@@ -16,7 +16,7 @@ import msgspec
 
 from dynamo_core.context import Context
 from dynamo_core.errors import DynamoError, NoWorker, RequestError, StreamError
-from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
+from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.routing.contract import Worker
 from dynamo_core.types import Request, Sampling, Stops
 
@@ -64,7 +64,7 @@ class EncodeStage:
         return request
 
     async def _ask(self, request: Request, failed: list[Worker], context: Context) -> Sequence[Mapping[str, Any]]:
-        leg = await self._dispatcher.dispatch(request, routing_request(request, failed, context.tenant), context, self._block_size)
+        leg = await self._dispatcher.dispatch(request, self._dispatcher.asked(request, failed, context.tenant), context, self._block_size)
         self.decisions.append(leg.decision.id)
         self.workers.append(self._dispatcher.label(leg.worker))
         outcome = "failed"

@@ -39,7 +39,7 @@ def suits(request: Request) -> bool:
 
 def only_the_prompt(request: Request) -> Request:
     """What prefill is asked. Its one token is thrown away: decode draws it as the request wants it drawn."""
-    hints = msgspec.structs.replace(request.hints, instance=request.hints.prefill_instance, prefill_instance=None, dp_rank=None, expected_output_tokens=1)
+    hints = msgspec.structs.replace(request.hints, instance=None, dp_rank=None, expected_output_tokens=1)
     return msgspec.structs.replace(
         request, sampling=Sampling(temperature=0.0), stops=Stops(max_tokens=1, ignore_eos=True), logprobs=None, guided=None, hints=hints
     )

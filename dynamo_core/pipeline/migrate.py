@@ -17,7 +17,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Migration
 from dynamo_core.context import Context
 from dynamo_core.errors import AllBusy, Cancelled, Disconnected, DynamoError, NoWorker, PeerLost, StreamError, Unavailable, WorkerOverloaded
-from dynamo_core.pipeline.dispatch import Dispatcher, Leg, routing_request
+from dynamo_core.pipeline.dispatch import Dispatcher, Leg
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.routing.contract import Worker
 from dynamo_core.transport.contract import Listening
@@ -145,7 +145,8 @@ class TokenStream:
             leg.received(tokens, cached)
 
     async def _dispatch(self, request: Request) -> None:
-        leg = await self._dispatcher.dispatch(request, routing_request(request, self._failed, self._context.tenant), self._context, self._card.block_size)
+        asked = self._dispatcher.asked(request, self._failed, self._context.tenant)
+        leg = await self._dispatcher.dispatch(request, asked, self._context, self._card.block_size)
         self._leg = leg
         if self._sink is not None:
             self._attach(leg, self._sink)

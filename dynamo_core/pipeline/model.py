@@ -19,7 +19,7 @@ from dynamo_core.pipeline.around import Around, Surrounded
 from dynamo_core.pipeline.bootstrap import BootstrapStream
 from dynamo_core.pipeline.contract import Generation
 from dynamo_core.pipeline.disagg import DisaggregatedStream
-from dynamo_core.pipeline.dispatch import Dispatcher, routing_request
+from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.pipeline.encode import EncodeStage
 from dynamo_core.pipeline.generation import TextGeneration
 from dynamo_core.pipeline.handover import suits
@@ -234,12 +234,12 @@ class ServedModel:
         least = self._disaggregation.min_prompt
         if len(request.token_ids) < least:
             return False
-        return not least or len(request.token_ids) - decode.router.dry_run(routing_request(request, tenant=context.tenant)).overlap_tokens >= least
+        return not least or len(request.token_ids) - decode.router.dry_run(decode.asked(request, tenant=context.tenant)).overlap_tokens >= least
 
     async def route(self, request: Request, context: Context) -> str:
         self._check(request)
-        asked = routing_request(self._places.applied(request), tenant=context.tenant)
-        return self.dispatcher(self._main_role()).router.dry_run(asked).id
+        dispatcher = self.dispatcher(self._main_role())
+        return dispatcher.router.dry_run(dispatcher.asked(self._places.applied(request), tenant=context.tenant)).id
 
     def _check(self, request: Request) -> None:
         """What must hold whoever built the request. :raises RequestError: the client's fault. :raises Unavailable: not ready."""

@@ -56,6 +56,8 @@ class Pinned:
 
     def reject(self, request: RoutingRequest, fleet: Fleet) -> Mapping[int, str]:
         hints = request.hints
+        if request.role == "encode":
+            return NOBODY  # Pins name who reads the prompt and who generates.
         instance = hints.prefill_instance if request.role == "prefill" else hints.instance
         rank = hints.dp_rank
         if instance is None and self.required:

@@ -90,7 +90,7 @@ class Router(Bookings):
         seed = self._seed_of(self._decided)
         tokens = request.prompt_tokens or len(request.token_ids)
         bare = RoutingRequest(
-            request.id, request.model, (), tokens, request.role, request.hints, request.adapter, None, request.max_tokens, request.failed, (), request.tenant
+            request.id, request.model, (), tokens, self.role, request.hints, request.adapter, None, request.max_tokens, request.failed, (), request.tenant
         )
         now = self._clock()
         slow = self.patience.left_out(now)

@@ -13,7 +13,7 @@ import pytest
 from dynamo_core.config.schema import Disaggregation, Use
 from dynamo_core.errors import Unavailable
 from dynamo_core.testing.cluster import Cluster, read_all
-from dynamo_core.types import Request
+from dynamo_core.types import Hints, Request
 
 PROMPT = list(range(300, 520))
 
@@ -201,3 +201,13 @@ async def test_a_thousand_cancelled_requests_leave_no_block_in_use() -> None:
         for member in cluster.members:
             assert member is not None
             assert member.worker.engine._scheduler.pool.used == 0  # type: ignore[attr-defined]
+
+
+async def test_each_router_is_asked_for_its_own_role_so_that_pins_find_the_worker_that_they_name() -> None:
+    async with fleet("prefill", "prefill", "decode", "decode") as cluster:
+        ids = [member.worker.runtime.id for member in cluster.members if member]  # type: ignore[attr-defined]
+        for reads, writes in [(0, 2), (1, 3), (1, 2), (0, 3)]:
+            generation = await cluster.generate(PROMPT, max_tokens=5, hints=Hints(prefill_instance=ids[reads], instance=ids[writes]))
+            await read_all(generation)
+            records = [cluster.catalog.decision(id) for id in generation.decisions]
+            assert [(r["request"]["role"], r["worker"][0]) for r in records if r] == [("prefill", ids[reads]), ("decode", ids[writes])]
