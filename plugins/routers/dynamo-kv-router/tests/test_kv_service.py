@@ -18,6 +18,7 @@ from dynamo_core.testing.cluster import Cluster
 from dynamo_core.types import Output, Request, Stops
 from dynamo_kv_router.service import Question, RouterService
 from dynamo_kv_router.store import kind_of
+from dynamo_kv_router.web import router_app
 
 
 async def until(condition) -> None:
@@ -34,7 +35,7 @@ async def test_questions_and_streams_over_a_request_plane(plane):
         FleetCatalog.open(runtime, registry := CollectorRegistry()) as catalog,
     ):
         await until(lambda: catalog.not_ready() is None)
-        service = RouterService(catalog, registry)
+        service = RouterService(catalog, registry, silence=60)
         endpoints = service.endpoints()
         await runtime.serve("router", endpoints)
         for endpoint in endpoints:
@@ -71,7 +72,7 @@ async def test_questions_and_streams_over_a_request_plane(plane):
 
 async def test_the_same_over_http():
     async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv-plus"))) as cluster:
-        app = RouterService(cluster.catalog, cluster.registry).app()
+        app = router_app(RouterService(cluster.catalog, cluster.registry, silence=60))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
             body = {"id": "r1", "model": cluster.model.name, "token_ids": list(range(65, 129)), "stops": {"max_tokens": 4}}
             lines = [msgspec.json.decode(line) for line in (await client.post("/generate", json=body)).text.splitlines()]
@@ -87,7 +88,7 @@ async def test_the_same_over_http():
 
 async def test_names_that_mean_nothing_are_refused_and_so_is_a_prompt_that_does_not_fit():
     async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
-        app = RouterService(cluster.catalog, cluster.registry).app()
+        app = router_app(RouterService(cluster.catalog, cluster.registry, silence=60))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
             body = {"id": "r1", "model": cluster.model.name, "token_ids": list(range(65, 129))}
             for wrong, said in (({"stop": {}}, "`stop`"), ({"stops": {"max_token": 4}}, "`stops.max_token`"), ({"stops": {"max_tokens": 10**7}}, "context")):
@@ -98,7 +99,7 @@ async def test_names_that_mean_nothing_are_refused_and_so_is_a_prompt_that_does_
 
 async def test_tokens_that_no_vocabulary_has_are_the_caller_s_fault_and_nobody_else_s():
     async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
-        service = RouterService(cluster.catalog, cluster.registry)
+        service = RouterService(cluster.catalog, cluster.registry, silence=60)
         for ask in (service.best_worker, service.overlap_scores):
             with pytest.raises(RequestError, match="token id -1 is negative"):
                 ask(Question(token_ids=[-1] * 64))
@@ -107,7 +108,7 @@ async def test_tokens_that_no_vocabulary_has_are_the_caller_s_fault_and_nobody_e
 
 async def test_its_decisions_can_be_explained_and_its_metrics_be_scraped():
     async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("kv-plus"))) as cluster:
-        app = RouterService(cluster.catalog, cluster.registry).app()
+        app = router_app(RouterService(cluster.catalog, cluster.registry, silence=60))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
             best = (await client.post("/best_worker", json={"token_ids": list(range(65, 129))})).json()
             record = (await client.get(f"/debug/decisions/{best['decision']}")).json()
@@ -119,7 +120,7 @@ async def test_its_decisions_can_be_explained_and_its_metrics_be_scraped():
 
 async def test_two_requests_of_one_id_are_booked_apart():
     async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
-        service = RouterService(cluster.catalog, cluster.registry)
+        service = RouterService(cluster.catalog, cluster.registry, silence=60)
         request = Request(id="same", model=cluster.model.name, token_ids=list(range(65, 129)), stops=Stops(max_tokens=20))
         streams = [service.generate(request, Context("same")) for _ in range(2)]
         for stream in streams:
@@ -136,7 +137,7 @@ async def test_in_a_fleet_of_prefill_and_decode_workers_it_answers_for_those_tha
             await cluster.add(engine=Use("sim", {"role": role, "speedup": 0}))
         await cluster.wait_ready(2)
         await until(lambda: cluster.catalog.not_ready() is None)
-        service = RouterService(cluster.catalog, cluster.registry)
+        service = RouterService(cluster.catalog, cluster.registry, silence=60)
         prompt = [5 + i % 190 for i in range(200)]
         roles = {f"{m.instance.id:016x}": m.card.role for m in cluster.model.members.values()}
         assert roles[service.best_worker(Question(token_ids=prompt))["worker"]["instance"]] == "prefill"

@@ -39,7 +39,8 @@ PREFILL_GUESS = (15.0, 0.02, 5e-7)
 """Of an 8B model on a data-centre GPU; only the proportions matter, and only for the first requests."""
 DECODE_GUESS = (7.0, 0.05, 3e-5)
 TOGETHER = 0.5
-"""Milliseconds that are no time at all: first tokens so close to each other came out of the same pass, and nothing is learned from them alone."""
+"""Milliseconds that are no time at all: first tokens so close to each other came out of the same pass, and nothing is learned from them alone. Nor from
+tokens that are told of at once, whenever they came."""
 ALIKE = 0.2
 """Share of what a prefill should cost; if it ends sooner after another one, the two shared a pass. News of one pass do not come all at once: this process
 has other work, and what other frontends sent there is heard of on another way."""
@@ -181,7 +182,7 @@ class EngineModel:
         if account is None or (job := account.decoding.get(request_id)) is None:
             return
         now, steps = self.clock(), output_tokens - job.tokens
-        if steps > 0 and not account.waiting and job.clean == account.prefills and now > job.since:
+        if steps > 0 and not account.waiting and job.clean == account.prefills and 1e3 * (now - job.since) > TOGETHER:
             account.fit.decode.learn((1.0, float(len(account.decoding)), float(account.context)), 1e3 * (now - job.since) / steps)
         account.context += steps
         account.generated += steps
