@@ -36,13 +36,15 @@ class BlocksStored:
     parent: int | bytes | None
     """Hash of the block before the first; `None` at the start of a prompt."""
     token_ids: Sequence[int]
-    """All tokens of the blocks, `len(hashes) * block_size` of them."""
+    """All tokens of the blocks, `len(hashes) * block_size` of them. A list or `array("Q")` is fastest."""
     tier: str = "device"
     """`device`, `host`, `disk` or `external`."""
     adapter: str | None = None
     cache_salt: str | None = None
     media: Sequence[Sequence[int | str | bytes]] = ()
     """For each block, digests of the media that reach into it. They must be those that requests carry (`Request.media`, key `digest`)."""
+    block_size: int | None = None
+    """Tokens of a block by the engine's own word, where it gives one; the card must agree."""
 
 
 @attrs.frozen

@@ -108,8 +108,11 @@ class Chains:
         if _signed(hashes) or (isinstance(parent, int) and parent < 0):
             hashes, parent = [_plain(h) for h in hashes], None if parent is None else _plain(parent)
         size = self.hasher.block_size
-        if not event.token_ids:
+        if not len(event.token_ids):
             self._stored_again(hashes, level)
+            return
+        if event.block_size not in (None, size):
+            self._lie = f"the engine reports blocks of {event.block_size} tokens, and its card says {size}"
             return
         count = len(event.token_ids) // size
         if not len(hashes) - 1 <= count <= len(hashes):
@@ -126,7 +129,7 @@ class Chains:
             self.unlinked += len(hashes)
             return
         content = [(block, digest_of(d)) for block, digests in enumerate(event.media) for d in digests]
-        keys = self.hasher.keys(event.token_ids if isinstance(event.token_ids, list) else list(event.token_ids), start, content)
+        keys = self.hasher.keys(event.token_ids if isinstance(event.token_ids, list | array) else list(event.token_ids), start, content)
         if hashes := hashes[: len(keys)]:
             self._link(hashes, parent, keys, level)
 

@@ -17,11 +17,12 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.context import Context
 from dynamo_core.engines import EngineContext
 from dynamo_core.errors import ConfigError, EngineDead, EngineFailed, Problem
+from dynamo_core.kv.feed import KvFeed
 from dynamo_core.types import Output, Request
 from dynamo_vllm import card, vllm_api, vllm_nodes
 from dynamo_vllm.fetching import Fetches
 from dynamo_vllm.headless import Headless
-from dynamo_vllm.kv_feed import KvFeed
+from dynamo_vllm.images import MEDIA
 from dynamo_vllm.launch import launched
 from dynamo_vllm.load import LoadReports
 from dynamo_vllm.nodes import OtherNodes, Place
@@ -110,7 +111,7 @@ class VllmEngine:
         fetches = Fetches(self.fetch_timeout) if self.role == "decode" else None
         ranks = range(config.parallel_config.data_parallel_size) if place is None else place.ranks
         # before the engine: what it publishes first must find somebody who listens
-        feeds = [KvFeed(rank, vllm_api.kv_endpoints(Path(directory.name), rank), context.kv_events) for rank in (ranks if caches else ())]
+        feeds = [KvFeed(rank, vllm_api.kv_endpoints(Path(directory.name), rank), context.kv_events, media=MEDIA) for rank in (ranks if caches else ())]
         broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         others = None if place is None else OtherNodes(place, vllm.version, lambda reason: self._lost(reason, broken), self._leaving)
         engine: Any = None
@@ -121,7 +122,7 @@ class VllmEngine:
             listeners = [loads.record] if fetches is None else [loads.record, fetches.record]
             engine = await launched(lambda: vllm_api.launch(vllm, config, self.start_method, vllm_api.stat_logger(vllm, *listeners)), broken)
             if caches and others is not None:
-                feeds += [KvFeed(rank, endpoints, context.kv_events) for rank, endpoints in vllm_nodes.kv_sources(engine).items()]
+                feeds += [KvFeed(rank, endpoints, context.kv_events, media=MEDIA) for rank, endpoints in vllm_nodes.kv_sources(engine).items()]
                 if silent := set(range(config.parallel_config.data_parallel_size)) - {feed.rank for feed in feeds}:
                     log.warning("no KV events come from ranks %s, whose nodes have kv_events = false: routers take their caches for empty", sorted(silent))
             tokenizer = await asyncio.to_thread(card.tokenizer_json, engine)

@@ -19,12 +19,12 @@ from dynamo_core.context import Context
 from dynamo_core.ending import ended
 from dynamo_core.engines import EngineContext, admit
 from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestError, WorkerDraining, WorkerOverloaded
+from dynamo_core.kv.feed import KvFeed
 from dynamo_core.types import Output, Request, Sampling, Stops
 from dynamo_vllm import vllm_api
 from dynamo_vllm.adapters import Adapters
 from dynamo_vllm.fetching import Fetches, NothingComes
 from dynamo_vllm.images import MEDIA, opened, places_of
-from dynamo_vllm.kv_feed import KvFeed
 from dynamo_vllm.load import LoadReports
 from dynamo_vllm.nodes import OtherNodes
 from dynamo_vllm.translate import Reader, sampling_params
@@ -190,7 +190,7 @@ class Running:
         await asyncio.gather(*(self._try(rank, [i % vocabulary for i in range(length)]) for rank in self._ranks()))
         await self._engine.reset_prefix_cache()
         for feed in self._feeds:
-            await feed.open(self.card.block_size)
+            await feed.open()
 
     async def probe(self) -> None:
         if self._dead is not None:

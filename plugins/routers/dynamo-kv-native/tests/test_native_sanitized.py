@@ -1,4 +1,4 @@
-"""The tests of the store once more, on a build that reports every access outside of what was allocated, every use after free and all undefined behaviour."""
+"""The tests of the compiled parts once more, on a build that reports every access outside of what was allocated, every use after free and all undefined behaviour."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 
 FOLDER = Path(__file__).parents[1]
 ROUTER = FOLDER.parent / "dynamo-kv-router" / "tests"
+EVENTS = FOLDER.parents[2] / "tests" / "kv" / "test_engine_events.py"
 CHECKS = ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 MACROS = ["-DPy_LIMITED_API=0x030B0000", "-DPY_SSIZE_T_CLEAN=1"]
 RUN = """
 import sys, pytest, dynamo_kv_native
 assert dynamo_kv_native.__file__.startswith(sys.argv[1]), dynamo_kv_native.__file__
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not python", *sys.argv[2:]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not python and not plain", *sys.argv[2:]]))
 """
 
 
@@ -36,11 +37,12 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory):
     where = tmp_path_factory.mktemp("sanitized")
     shutil.copytree(FOLDER / "src" / "dynamo_kv_native", where / "dynamo_kv_native", ignore=shutil.ignore_patterns("*.so"))
     package = where / "dynamo_kv_native"
-    command = ["gcc", *CHECKS, *MACROS, "-std=c11", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}", str(package / "_store.c"), "-o", str(package / "_store.abi3.so")]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if "Python.h" in built.stderr:
-        pytest.skip("Python.h is not here")
-    assert built.returncode == 0, built.stderr
+    command = ["gcc", *CHECKS, *MACROS, "-std=c11", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}"]
+    for part in ("_store", "_tokens"):
+        built = subprocess.run([*command, str(package / f"{part}.c"), "-o", str(package / f"{part}.abi3.so")], capture_output=True, text=True, timeout=120)
+        if "fatal error: Python.h" in built.stderr:
+            pytest.skip("Python.h is not here")
+        assert built.returncode == 0, built.stderr
     # Python itself leaks a little on its way out.
     settings = {"LD_PRELOAD": " ".join(map(str, runtimes)), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc", "PYTHONPATH": str(where)}
 
@@ -52,9 +54,18 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.slow
-def test_all_tests_of_the_store_pass_under_the_sanitizers(sanitized) -> None:
-    ran = sanitized(RUN, str(sanitized.where), str(FOLDER / "tests"), str(ROUTER / "test_kv_store.py"))
+def test_all_tests_pass_under_the_sanitizers(sanitized) -> None:
+    ran = sanitized(RUN, str(sanitized.where), str(FOLDER / "tests"), str(ROUTER / "test_kv_store.py"), str(EVENTS))
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_message_of_tokens_is_never_read_past_its_end(sanitized) -> None:
+    """Each message ends where its memory does, so that a byte too much is seen."""
+    lines = ["import msgspec", "from dynamo_kv_native import read_tokens", "whole = msgspec.msgpack.encode([1, 200, 60000, 2**31, 2**63] * 20)"]
+    lines += ["for size in range(len(whole) + 1):", "    try:", "        read_tokens(bytearray(whole[:size]))", "    except ValueError:", "        assert size < len(whole)"]
+    ran = sanitized("\n".join(lines))
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""A compiled store for the index of `dynamo-kv-router`, which finds it here by itself."""
+"""The compiled parts of the path of KV events: where `dynamo-core` and `dynamo-kv-router` find them here, they take them by themselves."""
 
 try:
     from dynamo_kv_native._store import Store
+    from dynamo_kv_native._tokens import read_tokens
 except ModuleNotFoundError as e:
     raise ImportError("dynamo-kv-native was installed without a C compiler; install one, and then it again") from e
 
-__all__ = ["Store"]
+__all__ = ["Store", "read_tokens"]

@@ -1,0 +1,157 @@
+"""What vLLM and SGLang publish of their KV caches, as the events of the engine contract.
+
+A message is msgpack: `[time, [event, ...], data-parallel rank]`. An event is a map with its kind in `type`, or, from older engines, an
+array that begins with it. Kinds and fields that are not known here are skipped.
+
+Nearly all of the work is the tokens of stored blocks: as Python numbers they would take longer to make than everything else that is done
+with them. Where `dynamo-kv-native` is installed they never become numbers.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import msgspec
+
+from dynamo_core.engines.contract import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
+
+Hash = int | bytes
+
+_TIERS = {
+    "GPU": "device", "DEVICE": "device", None: "device",
+    "CPU": "host", "CPU_PINNED": "host", "CPU_TIER1": "host",
+    "CPU_TIER2": "disk", "DISK": "disk", "NVME": "disk", "STORAGE": "disk",
+}  # fmt: skip
+"""Everything else is `external`. vLLM calls its main memory `GPU`, on CPU too."""
+_FULL = ("full_attention", "mla_attention", None)
+"""Kinds of cache whose blocks say that a prefix is there. Others (sliding windows, state) keep only a part of it."""
+
+
+class _Batch(msgspec.Struct, array_like=True, gc=False):
+    at: float
+    events: list[msgspec.Raw]
+
+
+class _Kind(msgspec.Struct, gc=False):
+    type: str
+
+
+class _KindInArray(_Kind, array_like=True, gc=False):
+    pass
+
+
+class _Removed(_Kind, gc=False):
+    block_hashes: list[Hash]
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _RemovedInArray(_Removed, array_like=True, gc=False):
+    pass
+
+
+class _Stored(_Kind, gc=False):
+    block_hashes: list[Hash]
+    parent_block_hash: Hash | None
+    token_ids: msgspec.Raw
+    block_size: int
+    lora_id: int | None = None
+    medium: str | None = None
+    lora_name: str | None = None
+    extra_keys: list[list[Any] | None] | None = None
+    block_mm_infos: msgspec.Raw = msgspec.Raw()
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    cache_salt: str | None = None
+    """Of SGLang; vLLM has it among the extra keys of a prompt's first block."""
+
+
+class _StoredInArray(_Stored, array_like=True, gc=False):
+    pass
+
+
+_batch = msgspec.msgpack.Decoder(_Batch).decode
+_in_map = (msgspec.msgpack.Decoder(_Kind).decode, msgspec.msgpack.Decoder(_Stored).decode, msgspec.msgpack.Decoder(_Removed).decode)
+_in_array = (msgspec.msgpack.Decoder(_KindInArray).decode, msgspec.msgpack.Decoder(_StoredInArray).decode, msgspec.msgpack.Decoder(_RemovedInArray).decode)
+
+_numbers = msgspec.msgpack.Decoder(list[int]).decode
+
+
+def plain_tokens(message: Any, /) -> bytes:
+    """`dynamo_kv_native.read_tokens` without a compiler. :raises ValueError: no array of whole numbers. :raises OverflowError: one is negative."""
+    return array("Q", _numbers(message)).tobytes()
+
+
+try:
+    from dynamo_kv_native import read_tokens
+except ImportError:
+    read_tokens = plain_tokens
+
+
+class EngineEvents:
+    """Reads the messages of one rank, in order. Remembers which blocks hang below a salted one: only the first block of a prompt names its salt."""
+
+    def __init__(self, media: str | None = None) -> None:
+        """:param media: what names of media in extra keys begin with; they are those of `Request.media` without it. `None`: media are unknown."""
+        self._media = media
+        self._salts: dict[Hash, str] = {}
+        self._ignored_groups: set[int] = set()
+
+    def read(self, message: bytes) -> list[KvEvent]:
+        """:raises ValueError: the message is not understood; `msgspec.MsgspecError` is one. :raises OverflowError: a token is negative."""
+        events: list[KvEvent] = []
+        for raw in _batch(message).events:
+            kind_of, stored, removed = _in_array if _is_array(raw) else _in_map
+            match kind_of(raw).type:
+                case "BlockStored":
+                    if self._counts(event := stored(raw)):
+                        events.append(self._stored(event))
+                case "BlockRemoved":
+                    if (gone := removed(raw)).group_idx not in self._ignored_groups:
+                        for block in gone.block_hashes if self._salts else ():
+                            self._salts.pop(block, None)
+                        events.append(BlocksRemoved(gone.block_hashes, _TIERS.get(gone.medium, "external")))
+                case "AllBlocksCleared":
+                    self._salts.clear()
+                    events.append(BlocksCleared())
+                case _:
+                    pass
+        return events
+
+    def _counts(self, event: _Stored) -> bool:
+        if event.kv_cache_spec_kind in _FULL:
+            return True
+        self._ignored_groups.add(event.group_idx or 0)
+        return False
+
+    def _stored(self, event: _Stored) -> BlocksStored:
+        hashes, parent, adapter = event.block_hashes, event.parent_block_hash, event.lora_name
+        if event.cache_salt is not None:
+            salt = event.cache_salt
+        else:
+            salt = self._salts.get(parent) if parent is not None else self._salt(event)
+            if salt is not None:
+                self._salts |= dict.fromkeys(hashes, salt)
+        tokens = array("Q", read_tokens(event.token_ids))
+        media = self._digests(event) if event.extra_keys else ()
+        return BlocksStored(hashes, parent, tokens, _TIERS.get(event.medium, "external"), adapter, salt, media, event.block_size)
+
+    def _salt(self, event: _Stored) -> str | None:
+        keys = (event.extra_keys or [None])[0] or ()
+        names = keys[1 if event.lora_name is not None else 0 :]
+        return next((name for name in names if isinstance(name, str) and not (self._media and name.startswith(self._media))), None)
+
+    def _digests(self, event: _Stored) -> list[list[int | str | bytes]]:
+        """For each block, the media that reach into it; nothing when there are none."""
+        found: list[list[int | str | bytes]] = []
+        if (prefix := self._media) is not None:
+            for keys in event.extra_keys or ():
+                names = [key[0] if isinstance(key, list | tuple) and key else key for key in keys or ()]
+                found.append([name.removeprefix(prefix) for name in names if isinstance(name, str) and name.startswith(prefix)])
+        return found if any(found) else []
+
+
+def _is_array(raw: msgspec.Raw) -> bool:
+    first = memoryview(raw)[0]
+    return 0x90 <= first <= 0x9F or first in (0xDC, 0xDD)
