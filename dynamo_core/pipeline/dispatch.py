@@ -138,15 +138,13 @@ class Dispatcher:
 
     async def _place(self, asked: RoutingRequest, context: Context) -> Decision:
         """Choose and book, now or once there is room."""
-        queue = self.router.stack.queue
-        if queue is None:
+        if self.router.stack.queue is None:
             decision = self.router.route(asked)
             if decision.worker is not None:
                 self.router.booked(asked, decision.worker, decision.overlap_tokens)
             return decision
-        if (room := self._room) is None or room.queue.settings != queue:
-            # Whoever waits by older settings is still looked after, until nobody does.
-            room = self._room = WaitingRoom(self.router, queue, self._queue_metrics)
+        if (room := self._room) is None:
+            room = self._room = WaitingRoom(self.router, self._queue_metrics)
             self.router.on_change = room.changed
         return await room.place(asked, context)
 

@@ -16,13 +16,15 @@ from dynamo_core.routing.router import Router
 
 TICK = 0.25
 """Seconds between two looks at the queue while nothing happens: inhibitions end and patience runs out without an event."""
+NONE = Queue()
+"""What a queue that was turned off leaves to those who wait: no bounds, so that all go who can be taken."""
 
 
 class WaitingRoom:
-    """One for each router that has a queue. Close it when the router ends."""
+    """One for each router that has, or had, a queue; the settings are those of the router's stack. Close it when the router ends."""
 
-    def __init__(self, router: Router, settings: Queue, metrics: QueueMetrics | None = None) -> None:
-        self.queue = RouterQueue(router, settings, metrics)
+    def __init__(self, router: Router, metrics: QueueMetrics | None = None) -> None:
+        self.queue = RouterQueue(router, router.stack.queue or NONE, metrics)
         self._router = router
         self._metrics = metrics
         self._due: asyncio.Handle | None = None
@@ -40,6 +42,7 @@ class WaitingRoom:
             if not settled.done():
                 settled.set_result(None)
 
+        self._follow()
         ticket = self.queue.submit(asked, wake)
         if ticket.waiting:
             self._watch()
@@ -76,8 +79,18 @@ class WaitingRoom:
             if handle is not None:
                 handle.cancel()
 
+    def _follow(self) -> None:
+        """A reload changes the settings for those who wait as well: nobody is overtaken because he came before it."""
+        settings = self._router.stack.queue or NONE
+        if settings is not self.queue.settings:
+            if self._metrics is not None:
+                self._metrics.length(dict.fromkeys(self.queue.waiting(), 0))
+            self.queue.follow(settings)
+            self._count()
+
     def _look(self) -> None:
         self._due = None
+        self._follow()
         self.queue.release()
         self._count()
 

@@ -87,18 +87,30 @@ class RouterQueue:
 
     def __init__(self, router: Router, settings: Queue, observer: QueueObserver | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.router = router
-        self.settings = settings
         self._observer = observer
         self._clock = clock
-        classes = settings.classes or (QueueClass("default"),)
-        self._classes = {c.name: _Class(c, settings.order) for c in classes}
-        self._by_size = sorted((c for c in classes if c.up_to is not None), key=lambda c: c.up_to or 0)
-        self._rest = next((c.name for c in classes if c.up_to is None), classes[-1].name)
+        self._arrange(settings)
         self._sizes: deque[int] = deque(maxlen=_SAMPLE)
         self._long: float = float("inf")
         self._seen = 0
         self._no_room = False
         """Nobody had room when last looked at, and nothing has happened since."""
+
+    def _arrange(self, settings: Queue) -> None:
+        self.settings = settings
+        classes = settings.classes or (QueueClass("default"),)
+        self._classes = {c.name: _Class(c, settings.order) for c in classes}
+        self._by_size = sorted((c for c in classes if c.up_to is not None), key=lambda c: c.up_to or 0)
+        self._rest = next((c.name for c in classes if c.up_to is None), classes[-1].name)
+
+    def follow(self, settings: Queue) -> None:
+        """Wait by these settings from now on. Who waits already keeps its time of arrival, and its place even where new limits are narrower."""
+        waiting = [ticket for of in self._classes.values() for ticket in of.tickets]
+        self._arrange(settings)
+        for ticket in sorted(waiting, key=lambda ticket: ticket.arrived):
+            self._keyed(ticket)
+            self._classes[ticket.of].add(ticket)
+        self._no_room = False
 
     def __len__(self) -> int:
         """How many wait."""

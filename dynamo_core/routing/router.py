@@ -69,6 +69,7 @@ class Router(Bookings):
         self.generation += 1
         self._busy = frozenset(part.name for part in stack.filters if part.busy)
         self._follow_decisions = self._those(FollowsDecisions)
+        self._changed()
 
     # -------------------------------------------------------------- deciding
 

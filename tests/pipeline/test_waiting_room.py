@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import attrs
 import pytest
 
-from dynamo_core.config.schema import Queue, Router
+from dynamo_core.config.schema import Queue, QueueClass, Router
 from dynamo_core.context import Context
 from dynamo_core.errors import AllBusy, Cancelled
 from dynamo_core.testing.cluster import Cluster, read_all
@@ -69,3 +70,48 @@ async def test_a_deadline_ends_the_wait():
             await cluster.generate("hello", max_tokens=4, context=Context("late", deadline=loop_now + 0.2))
         assert waiting(cluster) == 0
         first.cancel()
+
+
+async def test_a_reload_changes_the_queue_for_those_who_wait_and_nobody_is_overtaken_because_he_came_before_it():
+    router = Router(queue=Queue(prefill_tokens=0, classes=(QueueClass("one"),)))
+    async with Cluster.up(workers=1, engine="echo", options={"delay": 0.3}, router=router) as cluster:
+        def reload(queue: Queue) -> None:
+            cluster.catalog.stacks.reload(attrs.evolve(cluster.config, router=Router(queue=queue)), cluster.config)
+
+        def shown(of: str) -> float | None:
+            return cluster.registry.get_sample_value("dynamo_router_queue_waiting", {"model": cluster.model.name, "class": of})
+
+        first = asyncio.create_task(cluster.generate("hello", max_tokens=4))
+        await until(first.done)
+        order: list[str] = []
+
+        async def ask(name: str, before: int) -> asyncio.Task[None]:
+            async def one() -> None:
+                generation = await cluster.generate(name, max_tokens=1)
+                order.append(name)
+                await read_all(generation)
+
+            task = asyncio.create_task(one())
+            await until(lambda: waiting(cluster) == before + 1)
+            return task
+
+        tasks = [await ask("b", 0), await ask("c", 1)]
+        assert shown("one") == 2
+        reload(Queue(prefill_tokens=0, limit=1, classes=(QueueClass("other"),)))
+        with pytest.raises(AllBusy):
+            await cluster.generate("d", max_tokens=1)
+        assert (shown("one"), shown("other")) == (0, 2)
+        reload(Queue(prefill_tokens=0))
+        tasks += [await ask("e", 2)]
+        await asyncio.gather(read_all(first.result()), *tasks)
+        assert order == ["b", "c", "e"]
+
+
+async def test_a_queue_that_is_turned_off_lets_everybody_go():
+    router = Router(queue=Queue(prefill_tokens=0))
+    async with Cluster.up(workers=1, engine="echo", options={"delay": 1.0}, router=router) as cluster:
+        running = [asyncio.create_task(cluster.generate("hello", max_tokens=4)) for _ in range(3)]
+        await until(lambda: waiting(cluster) == 2)
+        cluster.catalog.stacks.reload(attrs.evolve(cluster.config, router=Router(queue=Queue(enabled=False))), cluster.config)
+        for started in await asyncio.gather(*running):
+            started.cancel()
