@@ -67,7 +67,7 @@ class PipelineFamilies:
         self.found = Counter("dynamo_router_found_cached_tokens", "Prompt tokens of the same requests that their engines had.", ["model"], registry=registry)
         self.prediction_error = Histogram("dynamo_router_prediction_error_tokens", "Cached tokens of a request: found minus predicted.", ["model"],
                                           buckets=(-16384, -4096, -1024, -256, -64, -16, -1, 0, 16, 64, 256, 1024, 4096, 16384), registry=registry)
-        self.shadowed = Counter("dynamo_router_shadow_decisions", "Decisions of the shadow stack: same as the live one, other, nobody, failed.",
+        self.shadowed = Counter("dynamo_router_shadow_decisions", "Decisions of the shadow stack: same as the live one, other, nobody, failed, skipped.",
                                 ["model", "verdict"], registry=registry)
         self.decision_seconds = Histogram("dynamo_router_decision_seconds", "Time to decide, record included.", ["model"],
                                           buckets=(.00001, .00002, .00005, .0001, .0002, .0005, .001, .002, .005, .01, .1), registry=registry)

@@ -14,7 +14,7 @@ from dynamo_core.routing.facts import OVERLAP_TOKENS
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.recorder import Recorder
 from dynamo_core.routing.regret import regret_of, stale_tokens
-from dynamo_core.routing.shadow import Shadow
+from dynamo_core.routing.shadow import Beside, Shadow
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +23,21 @@ class Watcher:
     """Implements `routing.router.Observer`."""
 
     def __init__(self, metrics: PipelineMetrics, plugins: Plugins, recorder: Recorder | None = None) -> None:
-        self.shadow: Shadow | None = None
+        self._beside: Beside | None = None
         self._recorder = recorder
         self._metrics = metrics
         self._plugins = plugins
         self._anybody = bool(plugins.manager.hook.dynamo_decision.get_hookimpls())
+
+    @property
+    def shadow(self) -> Shadow | None:
+        return None if self._beside is None else self._beside.shadow
+
+    def shadow_by(self, shadow: Shadow | None) -> None:
+        """Have decisions compared with those of this one from now on, or with nobody's."""
+        if self._beside is not None:
+            self._beside.close()
+        self._beside = None if shadow is None else Beside(shadow, self._metrics.shadowed)
 
     def decided(self, decision: Decision, seconds: float) -> None:
         self._metrics.decided(seconds)
@@ -35,7 +45,7 @@ class Watcher:
             self._recorder.record(decision)
         if self._anybody:
             tell(self._plugins, "dynamo_decision", decision=decision)
-        if not decision.dry_run and (self.shadow is not None or OVERLAP_TOKENS in decision.columns):
+        if not decision.dry_run and (self._beside is not None or OVERLAP_TOKENS in decision.columns):
             # After the request is on its way.
             asyncio.get_running_loop().call_soon(self._look_back, decision)
 
@@ -43,8 +53,8 @@ class Watcher:
         tokens, cause = regret_of(decision)
         if tokens:
             self._metrics.regret(cause, tokens)
-        if self.shadow is not None and (comparison := self.shadow.follow(decision)) is not None:
-            self._metrics.shadowed(comparison.verdict)
+        if self._beside is not None:
+            self._beside.follow(decision)
 
     def found(self, decision: Decision, cached_tokens: int | None) -> None:
         if cached_tokens is None or OVERLAP_TOKENS not in decision.columns:

@@ -60,7 +60,7 @@ class Stacks:
         stack = build_stack(self.config, self._plugins, role=role)
         router = Router(model, stack, role=role, seed=self.config.seed, ring=self._ring, observer=watcher)
         router.generation = self.generation
-        watcher.shadow = self._shadow(stack, self.config)
+        watcher.shadow_by(self._shadow(stack, self.config))
         self._routers.append((router, watcher, follow))
         follow(router)
         return router
@@ -82,7 +82,7 @@ class Stacks:
         for (router, watcher, follow), stack in zip(self._routers, stacks, strict=True):
             router.swap(stack)
             router.generation = self.generation
-            watcher.shadow = self._shadow(stack, wanted)
+            watcher.shadow_by(self._shadow(stack, wanted))
             follow(router)
         return Reload(self.generation, True, fixed + others)
 
@@ -101,6 +101,8 @@ class Stacks:
         return found
 
     def close(self) -> None:
+        for _, watcher, _ in self._routers:
+            watcher.shadow_by(None)
         if self.recorder is not None:
             self.recorder.close()
 

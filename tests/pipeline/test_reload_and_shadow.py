@@ -53,13 +53,17 @@ async def test_bookings_survive_a_reload():
 
 async def test_a_shadow_stack_is_compared_and_changes_nothing():
     async with Cluster.up(workers=3, engine="echo", router=Router(use=Use("round-robin"), shadow=Router(use=Use("random")))) as cluster:
+        def compared() -> float:
+            labels = {"model": cluster.model.name}
+            return sum(cluster.registry.get_sample_value("dynamo_router_shadow_decisions_total", labels | {"verdict": v}) or 0 for v in ("same", "other"))
+
         await ask(cluster, 12)
+        async with asyncio.timeout(20):
+            while compared() < 12:
+                await asyncio.sleep(0.01)
         status = next(iter(cluster.catalog.stacks.status()["shadows"].values()))  # type: ignore[union-attr, attr-defined]
-        assert status["seen"] == 12
-        assert status["same"] + status["other"] == 12
+        assert (status["seen"], status["same"] + status["other"], compared()) == (12, 12, 12)
         assert {d.stack for d in cluster.catalog._ring} == {build_stack(Router(use=Use("round-robin")), Plugins.load()).hash}
-        total = sum(cluster.registry.get_sample_value("dynamo_router_shadow_decisions_total", {"model": cluster.model.name, "verdict": v}) or 0 for v in ("same", "other"))
-        assert total == 12
 
 
 async def test_recorded_decisions_are_decided_again_by_another_stack(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
