@@ -109,6 +109,7 @@ class WaitingRoom:
     def _give_back(self, ticket: Ticket) -> None:
         """The request will not be sent: free its place, or the booking that it was just given."""
         if ticket.decision is not None and ticket.decision.worker is not None:
+            ticket.decision.outcome = "cancelled"
             self._router.finished(ticket.request.id, ticket.decision.worker, "cancelled")
         self.queue.cancel(ticket)
         self._count()

@@ -35,6 +35,8 @@ class Recorder:
         self._patience = patience
         self._held: deque[Decision] = deque()
         """Appended to by the event loop, emptied by the thread."""
+        self._open: list[Decision] = []
+        """Of the thread: those whose outcome is still to come."""
         self._due = threading.Event()
         self._closing = False
         self._problem = ""
@@ -67,25 +69,32 @@ class Recorder:
             self._due.wait(_EVERY)
             self._due.clear()
             self._write(self._ready())
-        self._write(list(self._held))
+        self._write([*self._open, *self._held])
         if self._file is not None:
             self._file.close()
 
     def _ready(self) -> list[Decision]:
-        held, ready, late = self._held, list[Decision](), time.time() - self._patience
-        while held and (len(held) > self._lag or _is_settled(held[0]) or held[0].time < late):
-            ready.append(held.popleft())
-        return ready
+        """Those that are settled, whatever is still open before them, and the oldest of those that are not, where they are too many or too old."""
+        while self._held:
+            self._open.append(self._held.popleft())
+        late = time.time() - self._patience
+        ready, still = list[Decision](), list[Decision]()
+        for decision in self._open:
+            (ready if _is_settled(decision) or decision.time < late else still).append(decision)
+        over = max(0, len(still) - self._lag)
+        self._open = still[over:]
+        return [*still[:over], *ready]
 
     def _write(self, batch: list[Decision]) -> None:
         if not batch:
             return
+        lines = [line for decision in batch if (line := self._line(decision))]
         try:
-            for decision in batch:
+            for line in lines:
                 if self._file is None:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self._file = self.path.open("ab")
-                self._file.write(decision.to_json().encode() + b"\n")
+                self._file.write(line)
                 if self._file.tell() >= self._max_bytes:
                     self._file.close()
                     self._file = None
@@ -97,8 +106,18 @@ class Recorder:
             if not self._problem:
                 log.error("decisions cannot be recorded: %s", e)
             self._problem = f"decisions cannot be recorded: {e}"
-            self.dropped += len(batch)
+            self.dropped += len(lines)
             self._file = None
+
+    def _line(self, decision: Decision) -> bytes:
+        """Empty for a record that is no JSON, because of what a caller or a plugin put into it; others go on."""
+        try:
+            return decision.to_json().encode() + b"\n"
+        except Exception as e:
+            if not self.dropped:
+                log.warning("decision %s cannot be recorded; others like it are counted and not logged: %s: %s", decision.id, type(e).__name__, e)
+            self.dropped += 1
+            return b""
 
     def _rotate(self) -> None:
         for i in range(self._files - 1, 0, -1):

@@ -1,11 +1,15 @@
 """Decisions reach their file soon, with their outcome, and never hold anything up."""
 
+import math
 import time
 from pathlib import Path
+
+import attrs
 
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.recorder import Recorder
+from dynamo_core.types import Hints
 
 
 def decision(name: str) -> Decision:
@@ -58,3 +62,28 @@ def test_a_file_that_cannot_be_written_is_said_and_what_was_lost_is_counted(tmp_
     recorder.close()
     assert recorder.dropped == 1
     assert "decisions cannot be recorded" in recorder.problem()
+
+
+def test_a_decision_whose_request_has_ended_does_not_wait_for_one_that_goes_on(tmp_path: Path):
+    recorder = Recorder(tmp_path / "d.jsonl", patience=600)
+    recorder.record(decision("long"))
+    recorder.record(short := decision("short"))
+    short.outcome = "done"
+    assert [d.id for d in written(recorder.path, least=1)] == ["short"]
+    recorder.close()
+    assert [d.id for d in written(recorder.path, least=2)] == ["short", "long"]
+
+
+def test_a_decision_that_is_no_json_is_counted_and_those_after_it_are_written(tmp_path: Path):
+    recorder = Recorder(tmp_path / "d.jsonl")
+    odd = decision("odd")
+    odd.request = attrs.evolve(odd.request, hints=Hints(preferred_taints={"a": math.nan}))
+    for record in (odd, decision("next")):
+        record.outcome = "done"
+        recorder.record(record)
+    assert [d.id for d in written(recorder.path, least=1)] == ["next"]
+    recorder.record(later := decision("later"))
+    later.outcome = "done"
+    assert [d.id for d in written(recorder.path, least=2)] == ["next", "later"]
+    assert recorder.dropped == 1
+    recorder.close()
