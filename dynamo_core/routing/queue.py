@@ -301,6 +301,9 @@ class RouterQueue:
 
     def _leave(self, ticket: Ticket) -> None:
         self._classes[ticket.of].remove(ticket)
+        if not len(self):
+            # No look follows that would take back what the last one promised to workers.
+            self.router.unparked()
 
     def _go(self, ticket: Ticket, weighed: Weighed, *, fresh: bool = False) -> None:
         waited = 0.0 if fresh else self._clock() - ticket.arrived

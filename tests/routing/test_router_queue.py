@@ -268,3 +268,20 @@ def test_every_request_is_settled_once_and_no_worker_is_overfilled_whatever_happ
         # `any` says when somebody may go, and the stack says where, by its own lights.
         assert site.queue.settings.wait_for == "any" or all(count == 1 for count in busy.values())
     assert all(count == 1 for count in settled.values())
+
+
+@pytest.mark.parametrize("how", ["leaves", "loses patience"])
+def test_what_the_last_one_who_waited_was_promised_is_taken_back_when_he(how: str):
+    site = Site(prefill_tokens=150, wait_for="best", max_wait=5.0)
+    promised: list[str] = []
+    site.router.parked = lambda request, worker, overlap_tokens: promised.append(request.id)
+    site.router.unparked = promised.clear
+    site.submit("a")
+    waiting = site.submit("b")
+    assert promised == ["b"]
+    if how == "leaves":
+        site.queue.cancel(waiting)
+    else:
+        site.now += 6.0
+        site.queue.release()
+    assert promised == []

@@ -10,7 +10,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.types import Instance
 from dynamo_kv_router.fit import Prices
-from dynamo_kv_router.load_facts import BACKLOG, CONTEXT, DECODE_MS, DECODING, OUTPUT_TOKENS, PASS_MS, PREFILL_MS, SAMPLES
+from dynamo_kv_router.load_facts import BACKLOG, CONTEXT, DECODE_MS, DECODING, GENERATED, OUTPUT_TOKENS, PASS_MS, PREFILL_MS, SAMPLES, STEP_MS
 from dynamo_kv_router.model import EngineModel
 
 INSTANCE = Instance(id=1, namespace="n", component="c", endpoint="e", address="a")
@@ -102,6 +102,20 @@ def test_prefill_and_decode_are_learned_from_what_is_seen(engine):
     assert column(engine, OUTPUT_TOKENS) == pytest.approx(48, rel=0.1)
     assert column(engine, SAMPLES) > 200
     assert column(engine, CONTEXT) == 0
+
+
+def test_tokens_that_are_told_of_at_once_do_not_say_how_long_a_step_takes(engine):
+    engine.booked(ask("late", 1_000), W, 0)
+    engine.now += 5.0
+    guess = column(engine, STEP_MS)
+    engine.first_token("late", W, 0)
+    engine.now += 1e-4
+    engine.grew("late", W, 500)
+    assert column(engine, STEP_MS) == guess
+    engine.now += 0.05
+    engine.grew("late", W, 510)
+    assert column(engine, STEP_MS) != guess
+    assert column(engine, GENERATED) == 510
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LIMIT = 100_000
 """Reservations at once: a gateway that never ends any must not make the router grow for ever."""
+GRACE = 1.0
+"""Seconds by which a reservation is given up late: those of one gateway vanish together, and in one line of the log."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -153,14 +155,17 @@ class Reservations:
         reservation.until = self._clock() + self._silence
         self._open.move_to_end(reservation.booking.request_id)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._silence, self._tick)
+            self._watch()
 
-    def _tick(self) -> None:
+    def _watch(self) -> None:
+        left = next(iter(self._open.values())).until - self._clock()
+        self._timer = asyncio.get_running_loop().call_later(left + GRACE, self._look)
+
+    def _look(self) -> None:
         self._timer = None
         self.expire()
         if self._open:
-            left = next(iter(self._open.values())).until - self._clock()
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._tick)
+            self._watch()
 
     def _end(self, reservation: _Reservation, outcome: Literal["done", "failed", "cancelled"], counted: str) -> None:
         id = reservation.booking.request_id

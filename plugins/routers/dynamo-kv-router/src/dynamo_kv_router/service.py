@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from dynamo_core.cards import Role
 from dynamo_core.context import Context
-from dynamo_core.errors import RequestError
+from dynamo_core.errors import RequestError, Unavailable
 from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.pipeline.model import ServedModel
@@ -150,7 +150,9 @@ class RouterService:
     def _model(self, name: str | None) -> ServedModel:
         if name is None:
             models = self.catalog.models()
-            if len(models) != 1:
+            if not models:
+                raise Unavailable(self.catalog.not_ready() or "no model is served yet")
+            if len(models) > 1:
                 raise RequestError(f"there are {len(models)} models here; say which one", param="model")
             name = models[0].name
         return self.catalog.get(name)

@@ -1,0 +1,513 @@
+"""Requests that somebody else sends: a worker is selected and booked, and the router is told how the request goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import attrs
+import httpx
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from dynamo_core.cards import ModelCard
+from dynamo_core.config.schema import Queue, Router, Status, Use
+from dynamo_core.context import Context
+from dynamo_core.errors import AllBusy, Cancelled, DynamoError, IdInUse, NoWorker, RequestError, RequestNotFound
+from dynamo_core.pipeline.catalog import FleetCatalog
+from dynamo_core.pipeline.dispatch import Dispatcher
+from dynamo_core.plugins import Plugins
+from dynamo_core.routing.contract import RoutingRequest, Worker
+from dynamo_core.routing.router import Router as LiveRouter
+from dynamo_core.routing.stack import build_stack
+from dynamo_core.runtime.runtime import Runtime
+from dynamo_core.runtime.status import serve_status
+from dynamo_core.testing.cluster import Cluster, read_all
+from dynamo_core.types import Instance, Request, Stops
+from dynamo_kv_router.reservations import Progress, Release, Reservations
+from dynamo_kv_router.service import Question, RouterService
+from dynamo_kv_router.web import router_app
+
+PROMPT = list(range(65, 65 + 160))
+"""Ten blocks."""
+LOAD = ("bookings.in_flight", "bookings.prefill_tokens", "bookings.blocks", "kv.active_blocks", "engine.backlog", "engine.decoding", "engine.context",
+        "engine.generated")  # fmt: skip
+EVERY_FACT = Router(scorers=(Use("kv-plus"), Use("kv-cost"), Use("load")), facts=(Use("kv-index"),))
+"""About load."""
+ONE_AT_A_TIME = attrs.evolve(EVERY_FACT, queue=Queue(prefill_tokens=0, limit=1))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@attrs.define
+class Site:
+    cluster: Cluster
+    service: RouterService
+    http: httpx.AsyncClient
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        model = self.cluster.catalog.models()[0]
+        return model.dispatcher("aggregated")
+
+    def facts(self, name: str) -> list[Any]:
+        return [row["facts"][name] for row in self.dispatcher.router.status()]
+
+    def load(self) -> dict[str, float]:
+        """Of all workers together, what is not nothing."""
+        return {name: total for name in LOAD if (total := sum(self.facts(name)))}
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.cluster.registry.get_sample_value(name, {"model": self.cluster.model.name, **labels})
+
+    async def select(self, id: str = "r", prompt: list[int] = PROMPT, **more: Any) -> dict[str, Any]:
+        answer = await self.http.post("/select", json={"request_id": id, "token_ids": prompt, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+@contextlib.asynccontextmanager
+async def site(router: Router = EVERY_FACT, *, silence: float = 60.0, workers: int = 2, **about: Any) -> AsyncGenerator[Site]:
+    async with Cluster.up(workers=workers, engine="echo", router=router, **about) as cluster:
+        service = RouterService(cluster.catalog, cluster.registry, silence=silence)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=router_app(service)), base_url="http://router") as http:
+            yield Site(cluster, service, http)
+        assert not cluster.model.dispatcher("aggregated").router.faults  # type: ignore[attr-defined]
+
+
+async def test_a_selected_request_is_booked_as_one_that_is_sent_and_its_words_correct_the_booking():
+    async with site() as it:
+        answer = await it.select()
+        row = next(w for w in it.dispatcher.router.status() if w["label"] == answer["worker"]["label"])
+        assert answer["request_id"] == "r"
+        assert answer["overlap_tokens"] == 0
+        assert int(answer["worker"]["instance"], 16) == row["worker"][0]
+        assert answer["worker"]["address"] == it.dispatcher.instances[row["worker"][0]].address
+        assert "url" not in answer["worker"]
+        assert row["facts"]["bookings.prefill_tokens"] == row["facts"]["engine.context"] == 160
+        assert row["facts"]["bookings.blocks"] == row["facts"]["kv.active_blocks"] == 10
+        assert it.metric("dynamo_router_reservations") == 1
+
+        assert (await it.http.post("/requests/r")).status_code == 204
+        assert it.load() == {"bookings.in_flight": 1, "bookings.blocks": 10, "kv.active_blocks": 10, "engine.decoding": 1, "engine.context": 161,
+                             "engine.generated": 1}  # fmt: skip
+        for tokens, blocks in ((5, 10), (20, 12), (19, 12), (0, 12), (40, 13)):
+            assert (await it.http.post("/requests/r", json={"tokens": tokens})).status_code == 204
+            assert sum(it.facts("bookings.blocks")) == blocks
+        assert sum(it.facts("engine.generated")) == 40
+
+        assert (await it.http.delete("/requests/r")).status_code == 204
+        assert it.load() == {}
+        assert it.metric("dynamo_router_reservations") == 0
+        assert it.metric("dynamo_router_reservations_ended_total", outcome="done") == 1
+
+
+async def test_it_is_booked_to_the_same_worker_with_the_same_figures_as_if_it_were_dispatched():
+    async with site(options={"delay": 0.5}) as it:
+        first = await it.service.select(Question(request_id="warm", token_ids=PROMPT), Context("warm"))
+        it.service.release(Release(request_id="warm"))
+        dispatched = await it.cluster.generate(PROMPT, max_tokens=1)
+        of_dispatch = it.load()
+        dispatched.cancel()
+        await until(lambda: not it.load())
+        selected = await it.select()
+        assert {**it.load(), "engine.backlog": 0} == {**of_dispatch, "engine.backlog": 0}
+        assert list(dispatched.workers) == [selected["worker"]["label"]] == [first["worker"]["label"]]
+        assert selected["overlap_tokens"] == it.cluster.catalog.decision(dispatched.decisions[0])["overlap_tokens"] > 0  # type: ignore[index]
+
+
+async def test_its_decision_tells_the_outcome_and_what_the_engine_had_and_prediction_is_measured():
+    async with site() as it:
+        for id, tell in (("first", {"on": "progress"}), ("end", {"on": "release"})):
+            answer = await it.select(id)
+            if tell["on"] == "progress":
+                await it.http.post(f"/requests/{id}", json={"cached_tokens": 48})
+            else:
+                await it.http.post(f"/requests/{id}")
+            await it.http.delete(f"/requests/{id}", params={"outcome": "cancelled", **({"cached_tokens": 48} if tell["on"] == "release" else {})})
+            record = (await it.http.get(f"/debug/decisions/{id}")).json()
+            assert (record["id"], record["cached_tokens"], record["outcome"]) == (answer["decision"], 48, "cancelled")
+            assert f"served by  {answer['worker']['label']}, cancelled" in record["text"]
+        assert it.metric("dynamo_router_found_cached_tokens_total") == 96
+        assert it.metric("dynamo_router_prediction_error_tokens_count") == 2
+        assert it.metric("dynamo_router_reservations_ended_total", outcome="cancelled") == 2
+
+
+async def test_prices_are_learned_from_when_its_first_token_and_its_growth_are_told():
+    async with site(workers=1) as it:
+        guess = it.facts("engine.step_ms")
+        for i in range(4):
+            await it.select(f"r{i}", [65 + i, *PROMPT])
+            await asyncio.sleep(0.02)
+            it.service.progress(Progress(request_id=f"r{i}"))
+            await asyncio.sleep(0.02)
+            it.service.progress(Progress(request_id=f"r{i}", tokens=17))
+            it.service.release(Release(request_id=f"r{i}"))
+        assert it.facts("engine.samples") == [3]  # of prefill; the last one could still share its pass with another
+        assert it.facts("engine.step_ms") != guess
+
+
+async def test_a_session_is_bound_by_it_and_the_card_s_url_is_told():
+    async with site(Router(filters=(Use("session"),), scorers=(Use("turn"),)), workers=3) as it:
+        for member in it.cluster.catalog.models()[0].members.values():
+            member.card = msgspec.structs.replace(member.card, runtime={"url": f"http://gpu-{member.instance.id:x}:8000"})
+        home = (await it.select("r0", hints={"session": "s"}))["worker"]
+        assert home["url"] == f"http://gpu-{int(home['instance'], 16):x}:8000"
+        others = {(await it.select(f"other {i}"))["worker"]["label"] for i in range(3)}
+        assert len(others) == 3
+        assert (await it.select("r1", hints={"session": "s"}))["worker"] == home
+
+
+async def test_an_id_means_one_request_at_a_time_and_what_is_left_out_is_made_up():
+    async with site(ONE_AT_A_TIME, workers=1) as it:
+        await it.select("same")
+        waiting = asyncio.create_task(it.select("waits", hints={"priority": 1}))
+        await until(lambda: it.dispatcher.waiting)
+        for id in ("same", "waits"):
+            refused = await it.http.post("/select", json={"request_id": id, "token_ids": PROMPT})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "id_in_use")
+            assert f"{id!r} is under way" in refused.json()["error"]["message"]
+        it.service.release(Release(request_id="same"))
+        await waiting
+        it.service.release(Release(request_id="waits"))
+        ids = {(await it.select("same"))["request_id"]}
+        it.service.progress(Progress(request_id="same"))
+        ids.add(made_up := (await it.select(""))["request_id"])
+        it.service.progress(Progress(request_id=made_up))
+        assert len(ids) == 2
+        # A stream of that id gets a booking of its own.
+        request = Request(id="same", model=it.cluster.model.name, token_ids=PROMPT, stops=Stops(max_tokens=3))
+        async for _ in it.service.generate(request, Context("same")):
+            assert sum(it.facts("bookings.in_flight")) == 3
+        assert sum(it.facts("bookings.in_flight")) == 2
+
+
+async def test_words_about_unknown_requests_and_words_that_mean_nothing_change_nothing():
+    async with site() as it:
+        await it.select("a/b c")
+        before = it.load()
+        for answer in (await it.http.post("/requests/nobody"), await it.http.delete("/requests/nobody", params={"error": "disconnected"})):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "request_not_found")
+        for body in (b"{", b'{"tokens": -1}', b'{"output": 1}', b'[1]'):
+            assert (await it.http.post("/requests/a/b%20c", content=body)).status_code == 400
+        for wrong in ({"outcome": "well"}, {"cached_tokens": "many"}, {"error": "disliked"}, {"why": "x"}):
+            assert (await it.http.delete("/requests/a/b%20c", params=wrong)).status_code == 400
+        assert {**it.load(), "engine.backlog": 0} == {**before, "engine.backlog": 0}
+        assert (await it.http.delete("/requests/a%2Fb%20c")).status_code == 204
+        assert (await it.http.delete("/requests/a%2Fb%20c")).status_code == 404
+        assert not it.load()
+
+
+async def test_it_waits_in_the_queue_as_others_do_and_errors_are_those_of_generate():
+    async with site(ONE_AT_A_TIME, workers=1) as it:
+        await it.select("first")
+        second = asyncio.create_task(it.select("second", [7] * 32))
+        await until(lambda: it.dispatcher.waiting == 1)
+        question = {"token_ids": PROMPT, "request_id": "third"}
+        request = {"token_ids": PROMPT, "id": "third", "model": it.cluster.model.name}
+        full = [await it.http.post("/select", json=question), await it.http.post("/generate", json=request)]
+        assert [(answer.status_code, answer.json()) for answer in full] == [(529, full[0].json())] * 2
+        assert full[0].headers["retry-after"] == "1"
+        assert not second.done()
+        await it.http.post("/requests/first")
+        assert (await second)["request_id"] == "second"
+        assert it.cluster.catalog.decision("second")["waited"] > 0  # type: ignore[index]
+        pin = {"hints": {"instance": 1}}
+        nobody = [await it.http.post("/select", json=question | pin), await it.http.post("/generate", json=request | pin)]
+        assert [answer.status_code for answer in nobody] == [503, 503]
+        assert nobody[0].json()["error"]["code"] == nobody[1].json()["error"]["code"] == "no_worker"
+        too_long = [await it.http.post("/select", json=question | {"max_tokens": 10**7}),
+                    await it.http.post("/generate", json=request | {"stops": {"max_tokens": 10**7}})]  # fmt: skip
+        assert [(answer.status_code, answer.json()) for answer in too_long] == [(400, too_long[0].json())] * 2
+
+
+async def test_before_there_is_a_model_a_gateway_is_told_to_come_again():
+    async with Cluster.up(workers=0, router=EVERY_FACT) as cluster:
+        app = router_app(RouterService(cluster.catalog, cluster.registry, silence=60))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as http:
+            answer = await http.post("/select", json={"token_ids": PROMPT})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
+@pytest.mark.parametrize("path", ["/select", "/generate"])
+async def test_a_client_that_leaves_while_it_waits_gets_no_booking(path: str):
+    async with site(ONE_AT_A_TIME, workers=1) as it, serve_status(Status("127.0.0.1", 0), router_app(it.service)) as url, httpx.AsyncClient() as http:
+        await it.select("first")
+        body = {"token_ids": PROMPT, "request_id": "second"} if path == "/select" else {"token_ids": PROMPT, "id": "second", "model": it.cluster.model.name}
+        leaving = asyncio.create_task(http.post(url + path, json=body))
+        await until(lambda: it.dispatcher.waiting == 1)
+        leaving.cancel()
+        await until(lambda: it.dispatcher.waiting == 0)
+        it.service.release(Release(request_id="first"))
+        assert not it.load()
+        await until(lambda: it.service._active == set())  # pyright: ignore[reportPrivateUsage]
+
+
+async def test_a_worker_that_a_gateway_complains_of_is_avoided_as_if_a_stream_had_broken():
+    async with site() as it:
+        bad = (await it.select("r0"))["worker"]["label"]
+        await it.http.delete("/requests/r0", params={"error": "disconnected"})
+        assert it.metric("dynamo_router_reservations_ended_total", outcome="failed") == 1
+        for i in range(1, 4):
+            assert (await it.select(f"r{i}"))["worker"]["label"] != bad
+        await it.http.delete("/requests/r1", params={"error": "worker_overloaded"})
+        answer = await it.http.post("/select", json={"token_ids": PROMPT})
+        assert answer.status_code == 529 or answer.json()["worker"]["label"] == bad
+
+
+async def test_those_who_vanish_are_forgotten_and_those_who_speak_are_not():
+    async with site(silence=0.4) as it:
+        await it.select("vanishes")
+        await it.select("speaks", [70, *PROMPT])
+        it.service.progress(Progress(request_id="vanishes", tokens=30))
+        async with asyncio.timeout(15):
+            while sum(it.facts("bookings.in_flight")) == 2:
+                it.service.progress(Progress(request_id="speaks", tokens=0))
+                await asyncio.sleep(0.02)
+        assert it.metric("dynamo_router_reservations_ended_total", outcome="expired") == 1
+        assert it.cluster.catalog.decision("vanishes")["outcome"] == "cancelled"  # type: ignore[index]
+        assert (await it.http.post("/requests/vanishes")).status_code == 404
+        await until(lambda: not it.load())
+        assert it.metric("dynamo_router_reservations_ended_total", outcome="expired") == 2
+        assert (await it.http.get("/dump")).json()["reservations"] == 0
+
+
+async def test_reservations_are_bounded():
+    async with site() as it:
+        reservations = Reservations(CollectorRegistry(), set(), silence=60, limit=2)
+
+        async def reserve(id: str) -> None:
+            await reservations.reserve(it.dispatcher, RoutingRequest(id, it.cluster.model.name, PROMPT, len(PROMPT)), Context(id), 16)
+
+        await reserve("r0")
+        await reserve("r1")
+        with pytest.raises(AllBusy, match="2 selected requests have not been released"):
+            await reserve("r2")
+        reservations.release(Release(request_id="r0"))
+        await reserve("r2")
+
+
+# -------------------------------------------------------------- over the request plane, and among other routers
+
+
+@pytest.mark.parametrize("plane", ["tcp", "http"])
+async def test_the_same_over_a_request_plane(plane: str):
+    async with (
+        Cluster.up(workers=1, engine="echo", router=ONE_AT_A_TIME, request_plane=Use(plane)) as cluster,
+        Runtime.open(cluster.config, cluster.plugins) as runtime,
+        FleetCatalog.open(runtime, registry := CollectorRegistry()) as catalog,
+    ):
+        await until(lambda: catalog.not_ready() is None)
+        service = RouterService(catalog, registry, silence=60)
+        await runtime.serve("router", endpoints := service.endpoints())
+        for endpoint in endpoints:
+            await runtime.announce("router", endpoint)
+        address = runtime.instance("router", "select").address
+        member = cluster.members[0]
+        assert member is not None
+
+        async def ask(endpoint: str, context: Context | None = None, **body: Any) -> Any:
+            path = f"{cluster.config.namespace}.router.{endpoint}"
+            (answer,) = await member.runtime.channels.call(address, path, msgspec.msgpack.encode(body), context or Context("q"), timeout=15.0)
+            assert isinstance(answer, bytes)
+            return msgspec.msgpack.decode(answer)
+
+        def load() -> dict[str, float]:
+            (rows,) = service.load().values()
+            return {name: total for name in LOAD if (total := sum(row["facts"][name] for row in rows))}
+
+        answer = await ask("select", request_id="r", token_ids=PROMPT)
+        assert (answer["request_id"], answer["worker"]["label"]) == ("r", catalog.models()[0].dispatcher("aggregated").label(Worker(
+            int(answer["worker"]["instance"], 16))))
+        assert load()["bookings.prefill_tokens"] == 160
+        with pytest.raises(IdInUse):
+            await ask("select", request_id="r", token_ids=PROMPT)
+        with pytest.raises(RequestNotFound):
+            await ask("progress", request_id="nobody")
+        with pytest.raises(RequestError, match="this is no release"):
+            await ask("release", request_id="r", outcome="well")
+
+        dispatcher, leaves = catalog.models()[0].dispatcher("aggregated"), Context("leaves")
+        leaving = asyncio.create_task(ask("select", leaves, request_id="leaves", token_ids=PROMPT))
+        await until(lambda: dispatcher.waiting == 1)
+        leaves.cancel("left")
+        with pytest.raises(Cancelled):
+            await leaving
+        await until(lambda: dispatcher.waiting == 0)
+
+        assert await ask("progress", request_id="r", tokens=20) == {}
+        assert load()["bookings.blocks"] == 12
+        assert "bookings.prefill_tokens" not in load()
+        assert await ask("release", request_id="r") == {}
+        assert not load()
+        with pytest.raises(RequestNotFound):
+            await ask("release", request_id="r")
+
+
+@pytest.mark.parametrize("event_plane", [None, Use("zmq")], ids=["in-process", "zmq"])
+async def test_routers_in_sync_count_what_the_other_one_has_selected(event_plane: Use | None):
+    async with site(workers=1, event_plane=event_plane) as it, Runtime.open(it.cluster.config, it.cluster.plugins) as runtime:
+        async with FleetCatalog.open(runtime, CollectorRegistry()) as catalog:
+            await until(lambda: catalog.not_ready() is None)
+
+            def theirs() -> dict[str, float]:
+                rows = catalog.models()[0].dispatcher("aggregated").router.status()
+                return {name: total for name in LOAD if (total := sum(row["facts"][name] for row in rows)) and name != "engine.backlog"}
+
+            expected = {"bookings.in_flight": 1, "bookings.prefill_tokens": 160, "bookings.blocks": 10, "kv.active_blocks": 10, "engine.context": 160}
+            # Where every publisher has to be found first, the first words are heard late.
+            await it.select()
+            await until(lambda: theirs() == expected)
+            it.service.progress(Progress(request_id="r", tokens=33))
+            await until(lambda: theirs().get("bookings.blocks") == 13 and "bookings.prefill_tokens" not in theirs())
+            it.service.release(Release(request_id="r"))
+            await until(lambda: not theirs())
+
+
+async def test_a_dispatched_request_and_a_selected_one_share_a_fleet():
+    async with site(workers=2) as it:
+        first = await it.select("r0")
+        generation = await it.cluster.generate([80, *PROMPT], max_tokens=4)
+        await read_all(generation)
+        assert list(generation.workers) != [first["worker"]["label"]]
+        it.service.release(Release(request_id="r0"))
+        assert not it.load()
+
+
+# -------------------------------------------------------------- whatever happens
+
+
+IDS = [f"r{i}" for i in range(4)]
+WORKERS = [Worker(1), Worker(2), Worker(2, 1)]
+_plugins = Plugins.load()
+
+acts = st.one_of(
+    st.tuples(st.just("select"), st.sampled_from(IDS), st.integers(1, 60)),
+    st.tuples(st.just("progress"), st.sampled_from(IDS), st.integers(0, 70)),
+    st.tuples(st.just("release"), st.sampled_from(IDS), st.sampled_from(["done", "failed", "cancelled", "disconnected", "worker_overloaded"])),
+    st.tuples(st.just("leave"), st.sampled_from(IDS), st.just(0)),
+    st.tuples(st.just("pass"), st.just(""), st.floats(0.1, 12.0)),
+    st.tuples(st.just("die"), st.just(""), st.sampled_from([1, 2])),
+    st.tuples(st.just("come"), st.just(""), st.sampled_from([1, 2])),
+)
+
+
+class Fleet:
+    """Routing as it is, with a clock that stands still; a model of what should be open stands beside it."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.now = 1000.0
+        stack = build_stack(attrs.evolve(EVERY_FACT, queue=queue), _plugins)
+        self.dispatcher = Dispatcher(LiveRouter("m", stack, clock=lambda: self.now), None, 5.0)  # type: ignore[arg-type]
+        self.registry = CollectorRegistry()
+        self.under_way: set[str] = set()
+        self.reservations = Reservations(self.registry, self.under_way, silence=10.0, clock=lambda: self.now)
+        self.heard: dict[str, float] = {}
+        self.waiting: dict[str, tuple[asyncio.Task[Any], Context]] = {}
+        for instance in (1, 2):
+            self.come(instance)
+
+    @property
+    def router(self) -> LiveRouter:
+        return self.dispatcher.router
+
+    def come(self, id: int) -> None:
+        instance = Instance(id=id, namespace="n", component="w", endpoint="generate", address=f"tcp://w{id}")
+        self.dispatcher.instances[id] = instance
+        for worker in WORKERS:
+            if worker.instance == id:
+                self.router.joined(worker, instance, ModelCard(name="m", total_blocks=1000, max_batched_tokens=64, dp_size=id))
+                self.router.proven(worker)
+
+    def die(self, id: int) -> None:
+        for worker in WORKERS:
+            if worker.instance == id:
+                self.router.left(worker)
+        self.dispatcher.instances.pop(id, None)
+
+    async def act(self, what: str, id: str, how: Any) -> None:
+        match what:
+            case "select":
+                context = Context(id)
+                asked = RoutingRequest(id, "m", list(range(how)), how)
+                task = asyncio.create_task(self.reservations.reserve(self.dispatcher, asked, context, 16))
+                await turn()
+                if id in self.waiting or id in self.heard:
+                    assert isinstance(task.exception(), IdInUse)
+                elif task.done() and (error := task.exception()) is not None:
+                    assert isinstance(error, NoWorker), error
+                else:
+                    self.waiting[id] = task, context
+            case "progress" if id in self.heard:
+                self.reservations.progress(Progress(request_id=id, tokens=how))
+                self.heard[id] = self.now
+            case "progress":
+                with pytest.raises(RequestNotFound):
+                    self.reservations.progress(Progress(request_id=id, tokens=how))
+            case "release" if id in self.heard:
+                kind = "outcome" if how in ("done", "failed", "cancelled") else "error"
+                self.reservations.release(Release(request_id=id, **{kind: how}))
+                del self.heard[id]
+            case "release":
+                with pytest.raises(RequestNotFound):
+                    self.reservations.release(Release(request_id=id))
+            case "leave" if id in self.waiting:
+                self.waiting[id][1].cancel("left")
+            case "pass":
+                self.now += how
+                self.reservations.expire()
+                self.heard = {id: at for id, at in self.heard.items() if at + 10.0 > self.now}
+            case "die":
+                self.die(how)
+            case "come":
+                self.come(how)
+            case _:
+                pass
+        await turn()
+        for id, (task, _) in list(self.waiting.items()):
+            if task.done():
+                del self.waiting[id]
+                if task.exception() is None:
+                    self.heard[id] = self.now
+                else:
+                    assert isinstance(task.exception(), DynamoError)
+        assert len(self.reservations) == len(self.heard)
+        assert self.under_way == self.heard.keys() | self.waiting.keys()
+        assert sorted(request.id for request, *_ in self.router.open_here()) == sorted(self.heard)
+        assert not self.router.faults
+
+
+async def turn() -> None:
+    for _ in range(6):
+        await asyncio.sleep(0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(acts, max_size=40), st.sampled_from([Queue(enabled=False), Queue(prefill_tokens=0, limit=2), Queue(prefill_tokens=64, wait_for="best")]))
+def test_whatever_happens_in_whatever_order_nothing_is_booked_in_the_end(history: list[tuple[str, str, Any]], queue: Queue):
+    async def run() -> None:
+        fleet = Fleet(queue)
+        for what, id, how in history:
+            await fleet.act(what, id, how)
+        for id in list(fleet.waiting):
+            await fleet.act("leave", id, 0)
+        await fleet.act("pass", "", 20.0)
+        for instance in (1, 2):
+            fleet.come(instance)
+        assert not fleet.under_way
+        rows = fleet.router.status()
+        assert len(rows) == len(WORKERS)
+        assert {name: [row["facts"][name] for row in rows] for name in LOAD} == {name: [0] * len(WORKERS) for name in LOAD}
+        assert fleet.registry.get_sample_value("dynamo_router_reservations", {"model": "m"}) in (None, 0)
+        fleet.dispatcher.close()
+
+    asyncio.run(run())
