@@ -135,6 +135,8 @@ class LocalStack:
             return "", f"{missing} workers of other namespaces are not ready"
         url, proven = "", 0
         own = self._own(_FRONTEND)
+        inside = {name for name, *_ in copies(self.config, inside=True)}
+        phases = [phase for _, health in healths if (phase := health.get("problems", {}).get("starting"))]
         # Processes that share one address answer in no order: each question is a connection of its own, until every one of them has said it.
         for lease, asked in (await self._registered("frontend-admin", namespace) or public).items():
             try:
@@ -144,6 +146,8 @@ class LocalStack:
             if answer.get("pid") not in own or lease not in public:  # a fleet may have frontends that others have started
                 continue
             url = public[lease]
+            problems: dict[str, str] = answer.get("problems", {})
+            phases += [problem for name, problem in problems.items() if name.partition(" ")[0] in inside]
             models: dict[str, Any] = answer.get("models", {})
             workers = [worker for model in models.values() for worker in model.get("workers", ())]
             proven = sum(bool(worker.get("proven")) for worker in workers)
@@ -155,8 +159,7 @@ class LocalStack:
             return url, "ready"
         if proven >= self.wanted:
             return "", f"{len(self._ready)} of {processes} frontends ready"
-        phases = dict.fromkeys(phase for _, health in healths if (phase := health.get("problems", {}).get("starting")))
-        return "", f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(phases)})" if phases else "")
+        return "", f"{proven} of {self.wanted} workers ready" + (f" ({', '.join(dict.fromkeys(phases))})" if phases else "")
 
     async def _healths(self, client: httpx.AsyncClient) -> list[tuple[str, Health]]:
         """Namespace, and what the worker says of itself, for each of this stack that answers. Others may have workers of the same names in the fleet."""

@@ -72,7 +72,7 @@ class EngineContext:
     load: Callable[[Load], None] = lambda load: None
     """Publish how busy the engine is; at most ten times a second."""
     died: Callable[[str], None] = lambda reason: None
-    """The engine cannot go on: streams end with `EngineDead`, the process leaves discovery and exits with an error."""
+    """The engine cannot go on: streams end with `EngineDead`, and its worker leaves discovery and ends. A process of its own exits with an error."""
     offer: Callable[[Sequence[ModelCard]], None] = lambda cards: None
     """What the engine serves from now on, instead of the card that `start` returned alone: that card and one for each adapter, or nothing while
     it sleeps. Cards of adapters have `adapter` set."""

@@ -68,6 +68,8 @@ async def workers_inside(config: Config, plugins: Plugins, registry: ProcessRegi
 
 
 class WorkersInside:
+    """Those of one process."""
+
     def __init__(self, places: Sequence[_Place]) -> None:
         self.places = places
 

@@ -55,7 +55,7 @@ class Worker:
         self.admission = Admission(settings.max_requests)
         self.card: ModelCard | None = None
         self.dead = asyncio.Event()
-        """The engine died; `problem` says of what. The process must exit with an error."""
+        """The engine died; `problems` says of what. The worker must end."""
         self.phase: tuple[str, float | None] = ("starting", None)
         self._problem: str | None = None
         self._loop = asyncio.get_running_loop()

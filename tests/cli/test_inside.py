@@ -68,6 +68,14 @@ def dynamo_register(registry):
 '''
 
 
+def installed(folder: Path) -> None:
+    (folder / "elsewhere.py").write_text(PLUGIN)
+    info = folder / "elsewhere-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dynamo]\nelsewhere = elsewhere\n")
+
+
 @attrs.define
 class Running:
     """A process of `dynamo`, and what it says."""
@@ -157,6 +165,7 @@ def test_a_gateway_is_one_process_and_only_http_listens(tmp_path: Path) -> None:
     assert "Traceback" not in gateway.text
 
 
+@pytest.mark.slow
 def test_a_stream_ends_well_when_the_gateway_is_told_to_end(tmp_path: Path) -> None:
     stack = f'{MEMORY}frontend = {{ port = 0 }}\n[[workers]]\ninside = true\nengine = {{ use = "echo", delay = 0.05 }}\n'
     with running(tmp_path, "frontend", stack) as gateway:
@@ -172,11 +181,7 @@ def test_a_stream_ends_well_when_the_gateway_is_told_to_end(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_server_that_goes_takes_nobody_with_it_and_is_used_when_it_is_back(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere.py").write_text(PLUGIN)
-    info = tmp_path / "elsewhere-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dynamo]\nelsewhere = elsewhere\n")
+    installed(tmp_path)
     server = tmp_path / "server"
     stack = f'{MEMORY}frontend = {{ port = 0 }}\n{ECHO}[[workers]]\nname = "far"\ninside = true\nengine = {{ use = "elsewhere", server = "{server}" }}\n'
     with running(tmp_path, "frontend", stack) as gateway:
@@ -213,6 +218,28 @@ def test_up_starts_processes_for_the_others_and_its_frontend_runs_what_is_inside
         assert up.end() == 0
     left = [file.read_bytes() for file in (tmp_path / "discovery").rglob("v1%2Finstances*") if file.is_file()]
     assert all(b'"pid":%d,' % frontend in record for record in left), "only the one that was killed leaves records, until its leases run out"
+
+
+@pytest.mark.slow
+def test_up_says_what_a_worker_inside_waits_for(tmp_path: Path) -> None:
+    installed(tmp_path)
+    stack = (f'discovery = {{ use = "file", path = "{tmp_path}/discovery" }}\nfrontend = {{ port = 0 }}\n'
+             f'[[workers]]\ninside = true\nengine = {{ use = "elsewhere", server = "{tmp_path}/server" }}\n')
+    with running(tmp_path, "up", stack, r"0 of 1 workers (ready) \(.*the server is not there\)") as up:
+        (tmp_path / "server").touch()
+        up.until(lambda: "ready: 1 workers behind" in up.text)
+        assert up.end() == 0
+
+
+def test_the_sample_serves(tmp_path: Path) -> None:
+    sample = (Path(__file__).parents[2] / "samples/one-process.toml").read_text()
+    with running(tmp_path, "frontend", sample.replace("port = 8000", "port = 0")) as gateway:
+        gateway.until(lambda: gateway.serves() == {"echo": 2})
+        answer = gateway.client().chat.completions.with_raw_response.create(model="echo", messages=[{"role": "user", "content": "hello"}], max_tokens=10)
+        assert answer.parse().choices[0].message.content == "user\nhello"
+        decision = httpx.get(f"{gateway.url}/debug/decisions/{answer.headers['x-dynamo-decision']}").json()
+        assert len(re.findall(r"backend-\w+", decision["text"])) >= 2, decision["text"]
+        assert gateway.end() == 0
 
 
 def said(folder: Path, *words: str, stack: str) -> tuple[int, str]:

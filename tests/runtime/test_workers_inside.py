@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import sys
 import types
 from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_text
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_core.config.schema import Config, Use
@@ -23,14 +27,16 @@ from dynamo_core.errors import ConfigError
 from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.plugins import Component, Plugin, Plugins
 from dynamo_core.runtime import inside as module
+from dynamo_core.runtime import names
 from dynamo_core.runtime.inside import workers_inside
-from dynamo_core.runtime.metrics import ProcessRegistry
+from dynamo_core.runtime.metrics import ProcessRegistry, WorkerMetrics
 from dynamo_core.runtime.restarts import LONGEST, STABLE, Crashes
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.runtime.worker_role import process_registry
 from dynamo_core.types import Request, Stops, TextOptions
 
 _names = itertools.count()
+TABLE = Path(__file__).parents[2] / "docs/reference/metrics.md"
 engines: list[Fickle] = []
 
 
@@ -56,6 +62,12 @@ class Fickle(EchoEngine):
         while self.hangs:
             await asyncio.sleep(0.01)
 
+    def controls(self) -> Mapping[str, Any]:
+        async def greet(arguments: Any) -> str:
+            return "hello"
+
+        return {"greet": greet}
+
     def problems(self) -> Mapping[str, str]:
         return {"server": "it is slow"} if self.delay else {}
 
@@ -76,6 +88,7 @@ def plugins() -> Plugins:
 
 @attrs.define
 class Gateway:
+    runtime: Runtime
     catalog: FleetCatalog
     registry: ProcessRegistry
 
@@ -87,8 +100,8 @@ class Gateway:
             while not condition():
                 await asyncio.sleep(0.01)
 
-    async def ask(self, model: str = "echo") -> list[int]:
-        generation = await self.catalog.get(model).start(Request(id=f"r{next(_names)}", model=model, token_ids=[97, 98], stops=Stops(max_tokens=4)),
+    async def ask(self, model: str = "echo", tokens: int = 4) -> list[int]:
+        generation = await self.catalog.get(model).start(Request(id=f"r{next(_names)}", model=model, token_ids=[97, 98], stops=Stops(max_tokens=tokens)),
                                                          TextOptions(), Context(f"r{next(_names)}"))
         ids: list[int] = []
         while deltas := await generation.read():
@@ -114,7 +127,7 @@ async def gateway(plugins: Plugins, *workers: Settings) -> AsyncGenerator[Gatewa
         workers_inside(config, plugins, registry) as inside,
     ):
         catalog.beside.append(inside)
-        yield Gateway(catalog, registry)
+        yield Gateway(runtime, catalog, registry)
 
 
 def worker(engine: str = "fickle", count: int = 1, inside: bool = True, **options: Any) -> Settings:
@@ -142,6 +155,16 @@ async def test_an_engine_that_dies_is_replaced_and_the_others_serve_meanwhile(pl
         for _ in range(4):
             assert await it.ask() == [97, 98, 97, 98]
         assert {worker for worker, _, _ in it.samples("dynamo_component_requests_total")} == {"backend-1"}, "nobody is there to count"
+
+
+async def test_a_stream_of_an_engine_that_dies_goes_on_at_another(plugins: Plugins) -> None:
+    async with gateway(plugins, worker(count=2, delay=0.01)) as it:
+        await it.until(lambda: it.ready() == {"echo": 2})
+        asking = asyncio.create_task(it.ask(tokens=40))
+        await it.until(lambda: any(engine._pauses for engine in engines))
+        await asyncio.sleep(0.1)
+        next(engine for engine in engines if engine._pauses).context.died("out of luck")
+        assert await asking == [97, 98] * 20
 
 
 async def test_what_has_died_comes_back(plugins: Plugins) -> None:
@@ -183,6 +206,8 @@ async def test_series_carry_the_name_of_their_worker_and_families_of_one_name_ar
         assert workers["backend-0.0", "", "far"] == workers["backend-0.1", "", "far"] == 7, "what an engine exports itself"
         assert workers["", "", "echo"] == 2, "what the frontend exports under the same name"
         assert it.samples("dynamo_frontend_workers") == workers, "nothing adds up from scrape to scrape"
+        strict = "".join(line for line in openmetrics_text(it.registry).decode().splitlines(True) if "dynamo_component_" in line or "dynamo_frontend_workers" in line)
+        assert {family.name for family in openmetrics(f"{strict}# EOF\n")} >= {"dynamo_component_requests", "dynamo_frontend_workers"}
 
 
 async def test_states_that_an_engine_names_are_states_of_the_gateway(plugins: Plugins) -> None:
@@ -206,3 +231,28 @@ def test_pauses_grow_to_a_limit_and_begin_anew_after_a_good_while() -> None:
     for _ in range(5000):
         assert crashes.pause(STABLE) == LONGEST
     assert crashes.pause(STABLE + 1) == 0.5
+
+
+def test_every_series_of_a_worker_is_in_the_table_and_every_row_is_a_series() -> None:
+    registry = ProcessRegistry()
+    WorkerMetrics(registry, namespace="dynamo", component="backend")
+    exported = {family.name + ("_total" if family.type == "counter" else "") for family in registry.collect()}
+    section = TABLE.read_text().split("## Workers", 1)[1].split("\n## ", 1)[0]
+    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == exported
+
+
+async def test_operators_reach_the_actions_of_an_engine_inside(plugins: Plugins) -> None:
+    async with gateway(plugins, worker(count=2)) as it:
+        await it.until(lambda: it.ready() == {"echo": 2})
+        for member in it.catalog.status()["models"]["echo"]["workers"]:
+            (answer,) = await it.runtime.channels.call(member["address"], f"dynamo.backend.{names.CONTROL}", b'{"action": "greet"}', Context("c"), timeout=10)
+            assert answer == b'"hello"'
+
+
+async def test_a_pool_of_another_namespace_is_not_for_this_router(plugins: Plugins) -> None:
+    async with gateway(plugins, worker(), attrs.evolve(worker("echo", model="pooled"), namespace="pool")) as it:
+        await it.until(lambda: it.ready() == {"echo": 1})
+        async with asyncio.timeout(20):
+            while not await it.runtime.discovery.items(names.instances("pool")):
+                await asyncio.sleep(0.01)
+        assert it.ready() == {"echo": 1}

@@ -164,9 +164,10 @@ async def test_a_stack_that_cannot_work_is_refused_at_the_start(tmp_path: Path, 
         await LocalConnector(file=file).start()
 
 
-async def test_a_file_without_workers_has_nothing_to_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["", "[[workers]]\ninside = true\n"])
+async def test_a_file_without_workers_of_their_own_has_nothing_to_start(tmp_path: Path, workers: str) -> None:
     file = tmp_path / "stack.toml"
-    file.write_text('discovery = { use = "file" }\n')
+    file.write_text(f'discovery = {{ use = "file" }}\n{workers}')
     connector = LocalConnector(file=file)
     with pytest.raises(ConfigError, match="nothing to start"):
         await connector.start()
