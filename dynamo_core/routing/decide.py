@@ -155,8 +155,8 @@ class Stack:
             try:
                 answer: Mapping[int, str] = _timed(spent, part.name, part.component.reject, request, fleet.seen_by(part.name, part.needs))
                 no = _checked_rows(answer, len(fleet)) if answer or type(answer) is not dict else None
-            except Exception as e:
-                faults.append((part.name, said(e)))
+            except BaseException as e:
+                faults.append((part.name, blamed(e)))
                 continue
             if no:
                 rejected += [(candidates[i], part.name, no[i]) for i in sorted(no)]
@@ -182,8 +182,8 @@ class Stack:
                 added = [t + weight * x for t, x in zip(totals, values, strict=True)] if totals else [weight * x for x in values]
                 if part.raw:
                     _must_be_finite(added)
-            except Exception as e:
-                faults.append((part.name, said(e)))
+            except BaseException as e:
+                faults.append((part.name, blamed(e)))
                 continue
             totals = added
             scores[part.name] = (weight, values)
@@ -195,8 +195,8 @@ class Stack:
         seed = dice.seed
         try:
             return _checked_row(part.component.pick(tuple(totals), fleet.seen_by(part.name, part.needs), dice), len(totals))
-        except Exception as e:
-            faults.append((part.name, said(e)))
+        except BaseException as e:
+            faults.append((part.name, blamed(e)))
             return best(totals, Dice(seed))
 
     def _choose(self, part: Part, request: RoutingRequest, fleet: Fleet, dice: Dice, skip: Collection[str], faults: list[Fault]) -> tuple[int, list[float]]:
@@ -205,8 +205,8 @@ class Stack:
             try:
                 row, values = part.component.choose(request, fleet.seen_by(part.name, part.needs), dice)
                 return _checked_row(row, len(fleet)), _checked_scores(values, len(fleet))
-            except Exception as e:
-                faults.append((part.name, said(e)))
+            except BaseException as e:
+                faults.append((part.name, blamed(e)))
         return Dice(seed).below(len(fleet)), [0.0] * len(fleet)
 
 
@@ -225,9 +225,19 @@ def protocol_of(kind: str) -> type:
     return {"filter": Filter, "scorer": Scorer, "picker": Picker, "policy": Policy}[kind]
 
 
-def said(error: Exception) -> str:
+def blamed(error: BaseException) -> str:
+    """The fault of a component that raised this: also when it is no `Exception`, as of `sys.exit` or a panic in Rust. Ctrl-C is nobody's fault, and goes on."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return said(error)
+
+
+def said(error: BaseException) -> str:
     """An exception in one line, for records and logs."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception:
+        text = f"{type(error).__name__}, which cannot say what it is about"
     return text if len(text) <= 300 else text[:297] + "..."
 
 

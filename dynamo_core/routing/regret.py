@@ -17,8 +17,9 @@ AFFINITY = "session"
 def regret_of(decision: Decision) -> tuple[int, Cause]:
     """Tokens, and the cause.
 
-    `filter`: the best holder was rejected. `affinity`: it was rejected in favour of the session's worker. `tie`: it had the same total.
-    `load`: its total was worse. `chance`: its total was better, and the picker drew another. `stale` is found out later, by `stale_tokens`.
+    `filter`: every best holder was rejected. `affinity`: in favour of the session's worker. Of those that were not, the one with the highest total counts.
+    `tie`: it had the same total. `load`: its total was worse. `chance`: its total was better, and the picker drew another. `stale` is found out later, by
+    `stale_tokens`.
     """
     overlaps: Any = decision.columns.get(OVERLAP_TOKENS)
     if overlaps is None or decision.worker is None:
@@ -27,13 +28,13 @@ def regret_of(decision: Decision) -> tuple[int, Cause]:
     missed = most - decision.overlap_tokens
     if missed <= 0:
         return 0, "none"
-    best_row = list(overlaps).index(most)
-    if best_row not in decision.candidates:
-        by = next((by for row, by, _ in decision.rejected if row == best_row), "")
+    holders = {row for row, overlap in enumerate(overlaps) if overlap == most}
+    could = [total for row, total in zip(decision.candidates, decision.totals, strict=True) if row in holders]
+    if not could:
+        by = next((by for row, by, _ in decision.rejected if row in holders), "")
         return missed, "affinity" if by.startswith(AFFINITY) else "filter"
-    at = list(decision.candidates)
-    best = decision.totals[at.index(best_row)]
-    chosen = decision.totals[next(i for i, row in enumerate(at) if decision.workers[row] == decision.worker)]
+    best = max(could)
+    chosen = next(total for row, total in zip(decision.candidates, decision.totals, strict=True) if decision.workers[row] == decision.worker)
     return missed, "tie" if best == chosen else "load" if best < chosen else "chance"
 
 

@@ -12,16 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import msgspec
 
 from dynamo_core.cards import Role
 from dynamo_core.errors import AllBusy, NoWorker
 from dynamo_core.routing.bookings import Bookings
 from dynamo_core.routing.contract import Dice, Fact, FollowsDecisions, RoutingRequest, Worker
-from dynamo_core.routing.decide import Choice, Stack, said
+from dynamo_core.routing.decide import Choice, Stack, blamed
 from dynamo_core.routing.patience import Patience
 from dynamo_core.routing.record import Decision
 from dynamo_core.routing.ring import Ring
 from dynamo_core.routing.sources import Observer
+from dynamo_core.types import Hints
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 
@@ -91,7 +93,8 @@ class Router(Bookings):
         seed = self._seed_of(self._decided)
         tokens = request.prompt_tokens or len(request.token_ids)
         bare = RoutingRequest(
-            request.id, request.model, (), tokens, self.role, request.hints, request.adapter, None, request.max_tokens, request.failed, (), request.tenant
+            request.id, request.model, (), tokens, self.role, _sealed(request.hints), request.adapter, None, request.max_tokens, request.failed, (),
+            request.tenant,
         )
         now = self._clock()
         slow = self.patience.left_out(now)
@@ -110,8 +113,8 @@ class Router(Bookings):
         for part in self._follow_decisions:
             try:
                 part.component.chosen(decision.request, decision.worker)
-            except Exception as e:
-                self._fault(part.name, said(e))
+            except BaseException as e:
+                self._fault(part.name, blamed(e))
         return decision
 
     def _record(self, weighed: Weighed, *, dry_run: bool, waited: float = 0.0) -> Decision:
@@ -140,3 +143,18 @@ class Router(Bookings):
         now = self._clock()
         busy = any(by in self._busy for _, by, _ in decision.rejected) or any(m.busy and m.inhibited_until > now for m in self._members.values())
         return (AllBusy if busy else NoWorker)(what, decision.reasons() or ["no worker is registered"])
+
+
+class _Sealed(dict[str, float]):
+    """For policies, which must not write to what others see after them."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("hints are for reading")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+
+def _sealed(hints: Hints) -> Hints:
+    """The same hints, without anything in them that could be changed for others."""
+    taints = hints.preferred_taints
+    return msgspec.structs.replace(hints, preferred_taints=_Sealed(taints) if taints else {})

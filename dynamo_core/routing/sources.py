@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dynamo_core.routing.contract import Fact, FollowsEvents, FollowsQueue, NamesPrompts, RoutingRequest, SharesState, Worker
-from dynamo_core.routing.decide import Part, options_of, said
+from dynamo_core.routing.decide import Part, blamed, options_of
 from dynamo_core.routing.record import Decision
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ class Sources:
                         given = {fact: _sealed(fact, column, rows) for fact, column in given.items()}
                         break
                 columns.update(given)
-            except Exception as e:
-                self._fault(part.name, said(e))
+            except BaseException as e:
+                self._fault(part.name, blamed(e))
         return columns
 
     # -------------------------------------------------------------- told of the queue
@@ -138,8 +138,8 @@ class Sources:
         for part in self._name_prompts:
             try:
                 return part.component.named(request)
-            except Exception as e:
-                self._fault(part.name, said(e))
+            except BaseException as e:
+                self._fault(part.name, blamed(e))
         return ()
 
     def state(self) -> list[tuple[str, bytes]]:
@@ -148,8 +148,8 @@ class Sources:
         for part in self._share_state:
             try:
                 found += [(part.use, message) for message in part.component.state()]
-            except Exception as e:
-                self._fault(part.name, said(e))
+            except BaseException as e:
+                self._fault(part.name, blamed(e))
         return found
 
     def learn(self, use: str, message: bytes) -> None:
@@ -167,8 +167,8 @@ class Sources:
     def _safely(self, part: Part, call: Callable[..., None], *arguments: Any) -> None:
         try:
             call(*arguments)
-        except Exception as e:
-            self._fault(part.name, said(e))
+        except BaseException as e:
+            self._fault(part.name, blamed(e))
 
     def _fault(self, component: str, what: str) -> None:
         if not self.faults[component]:

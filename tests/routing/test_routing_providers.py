@@ -63,7 +63,11 @@ def fails(workers):
     raise OSError("the index is gone")
 
 
-@pytest.mark.parametrize("answer", [fails, lambda workers: (1,), lambda workers: None, lambda workers: 7])
+def leaves(workers):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("answer", [fails, leaves, lambda workers: (1,), lambda workers: None, lambda workers: 7])
 def test_a_provider_that_breaks_costs_its_facts_and_no_request(answer):
     seen = []
 

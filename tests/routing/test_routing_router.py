@@ -14,7 +14,8 @@ from dynamo_core.errors import AllBusy, NoWorker
 from dynamo_core.plugins import Plugins
 from dynamo_core.routing import facts
 from dynamo_core.routing.contract import RoutingRequest, Worker
-from dynamo_core.routing.decide import Stack
+from dynamo_core.routing.decide import Part, Stack
+from dynamo_core.routing.record import Decision
 from dynamo_core.routing.router import Router
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.types import Hints, Instance, Load
@@ -340,3 +341,25 @@ def test_the_record_keeps_neither_the_prompt_nor_the_cache_salt():
     assert decision.request.prompt_tokens == 100
     assert decision.request.cache_salt is None
     assert "tenant-7" not in decision.to_json()
+
+
+class Scribbles:
+    needs = ()
+
+    def score(self, request, fleet):
+        request.hints.preferred_taints["mine"] = 1.0
+        return [0.0] * len(fleet)
+
+
+@pytest.mark.parametrize("wanted", [Hints(), Hints(preferred_taints={"gpu": 1.0})])
+def test_a_policy_cannot_change_the_hints_of_the_request_for_others(wanted):
+    given = dict(wanted.preferred_taints)
+    router = fleet_of(2, Stack(stack().filters, (Part("scorer", "scribbles", Scribbles()),), None, None, stack().providers))
+    asked = request(hints=wanted)
+    decision = router.route(asked)
+    assert asked.hints.preferred_taints == given
+    assert Hints().preferred_taints == {}
+    assert bool(decision.faults) == bool(given)
+    if given:
+        assert decision.request.hints == wanted
+        assert Decision.from_json(decision.to_json()).request.hints == wanted

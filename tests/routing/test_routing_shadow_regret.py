@@ -30,6 +30,8 @@ def decision(overlaps=(100, 0, 50), chosen=1, totals=(1.0, 2.0, 0.5), rejected=(
     (decision(totals=(3.0, 2.0, 0.5)), (100, "chance")),
     (decision(rejected=[(0, "kv-busy", "full")], candidates=(1, 2), totals=(2.0, 0.5)), (100, "filter")),
     (decision(rejected=[(0, "session", "bound")], candidates=(1, 2), totals=(2.0, 0.5)), (100, "affinity")),
+    (decision((100, 0, 100), rejected=[(0, "kv-busy", "full")], candidates=(1, 2), totals=(2.0, 0.5)), (100, "load")),
+    (decision((100, 0, 100), totals=(1.0, 2.0, 2.0)), (100, "tie")),
 ])
 def test_cached_tokens_that_were_passed_by_have_a_cause(record, expected):
     assert regret_of(record) == expected

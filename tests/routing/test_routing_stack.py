@@ -1,5 +1,6 @@
 """Building stacks from configuration, and what a stack does with policies that break their contract (R7)."""
 
+import asyncio
 import math
 import sys
 import types
@@ -225,6 +226,23 @@ def boom(fleet):
     raise KeyError("boom")
 
 
+def leaves(fleet):
+    sys.exit(3)
+
+
+def cancels(fleet):
+    raise asyncio.CancelledError
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def mute(fleet):
+    raise Mute
+
+
 def writes(fleet):
     fleet[facts.IN_FLIGHT][0] = 7
     return [1.0] * len(fleet)
@@ -243,6 +261,9 @@ def reads_undeclared(fleet):
     ("answer", "said"),
     [
         (boom, "KeyError"),
+        (leaves, "SystemExit: 3"),
+        (cancels, "CancelledError"),
+        (mute, "Mute"),
         (lambda fleet: [1.0], "1 scores for 4 workers"),
         (lambda fleet: [1.0, math.nan, 1.0, 1.0], "the score of row 1 is nan"),
         (lambda fleet: [1.0, 1.0, math.inf, 1.0], "the score of row 2 is inf"),
@@ -264,7 +285,7 @@ def test_r7_a_scorer_that_breaks_the_contract_is_skipped_and_named(answer, said)
     assert said in what
 
 
-@pytest.mark.parametrize("answer", [boom, lambda f: None, lambda f: [0], lambda f: {9: "no"}, lambda f: {-1: "no"}, lambda f: {"a": "b"}, writes])
+@pytest.mark.parametrize("answer", [boom, leaves, mute, lambda f: None, lambda f: [0], lambda f: {9: "no"}, lambda f: {-1: "no"}, lambda f: {"a": "b"}, writes])
 def test_r7_a_filter_that_breaks_the_contract_is_skipped_and_named(answer):
     stack = Stack((Part("filter", "rude", Rude(answer)), Part("filter", "not-failed", filters.NotFailed())), (Part("scorer", "load", scorers.LeastLoad()),))
     choice = stack.decide(attrs.evolve(REQUEST, failed=(WORKERS[3],)), WORKERS, COLUMNS, Dice(1))
@@ -273,7 +294,7 @@ def test_r7_a_filter_that_breaks_the_contract_is_skipped_and_named(answer):
     assert choice.rejected == [(3, "not-failed", "it failed this request before")]
 
 
-@pytest.mark.parametrize("answer", [boom, lambda f: None, lambda f: 4, lambda f: -1, lambda f: 0.5])
+@pytest.mark.parametrize("answer", [boom, leaves, mute, lambda f: None, lambda f: 4, lambda f: -1, lambda f: 0.5])
 def test_r7_a_picker_that_breaks_the_contract_gives_way_to_the_best(answer):
     stack = Stack((), (Part("scorer", "load", scorers.LeastLoad()),), Part("picker", "rude", Rude(answer)))
     choice = stack.decide(REQUEST, WORKERS, COLUMNS, Dice(1))
@@ -281,7 +302,7 @@ def test_r7_a_picker_that_breaks_the_contract_gives_way_to_the_best(answer):
     assert [name for name, _ in choice.faults] == ["rude"]
 
 
-@pytest.mark.parametrize("answer", [boom, lambda f: None, lambda f: (9, [0.0] * 4), lambda f: (0, [0.0]), lambda f: (0, [math.nan] * 4)])
+@pytest.mark.parametrize("answer", [boom, leaves, mute, lambda f: None, lambda f: (9, [0.0] * 4), lambda f: (0, [0.0]), lambda f: (0, [math.nan] * 4)])
 def test_r7_a_whole_policy_that_breaks_the_contract_gives_way_to_chance(answer):
     stack = Stack(policy=Part("policy", "rude", Rude(answer)))
     choices = [stack.decide(REQUEST, WORKERS, COLUMNS, Dice(seed)) for seed in range(100)]
@@ -294,6 +315,14 @@ def test_r7_a_policy_whose_facts_are_missing_is_skipped_and_named():
     choice = stack.decide(REQUEST, WORKERS, COLUMNS, Dice(1))
     assert choice.worker == WORKERS[3]
     assert choice.faults == [("odd", "nobody provided acme.odd for this decision")]
+
+
+def test_ctrl_c_is_not_a_fault_of_the_policy_that_it_meets():
+    def interrupted(fleet):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stack((), (Part("scorer", "load", Rude(interrupted)),)).decide(REQUEST, WORKERS, COLUMNS, Dice(1))
 
 
 def test_unit_scores_are_clamped_and_raw_scores_are_not():
