@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from typing import Any
 
@@ -206,3 +207,25 @@ def test_news_that_come_before_the_fleet_s_secret_is_known_are_no_problem_of_the
     found.on_event("kv", A.instance, encode(News(5, 1, 0, found.hasher.fingerprint ^ 1, 16, [])))
     assert asked(found, INDEX_PROBLEM) == ["", "", ""]
     assert not found.problems()
+
+
+class Surroundings:
+    """Of a fleet in which nobody answers."""
+
+    model = "m"
+
+    async def secret(self, name: str) -> bytes:
+        return b"s" * 32
+
+
+async def test_what_was_sent_long_ago_is_forgotten_while_nobody_asks():
+    found = provider(known=card(kv_events=False), ttl=60.0, silence=0.2)
+    await found.attach(Surroundings())  # type: ignore[arg-type]
+    for i in range(200):
+        found.booked(request([i] * 65), A, 0)
+    assert found.status()["blocks"] == 800
+    found.clock.now += 61  # type: ignore[attr-defined]
+    async with asyncio.timeout(20):
+        while found.status()["blocks"]:
+            await asyncio.sleep(0.01)
+    await found.detach()

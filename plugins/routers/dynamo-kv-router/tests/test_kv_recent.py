@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from dynamo_core.kv import Hasher
@@ -115,3 +116,31 @@ def test_what_it_says_to_hold_is_what_the_index_has(seed: int, store: Choice):
         assert len(recent) <= 300
         if i % 20 == 0:
             assert sum(sum(depth(index, keys[at : at + 1])) for keys in chains for at in range(30)) == len(recent)
+
+
+def test_a_prompt_that_is_sent_again_and_again_takes_no_more_memory_than_once():
+    index, recent = book(ttl=100.0, room=10_000)
+    system, users = chain(1, 3000), [chain(seed, 20) for seed in range(2, 22)]
+    for i in range(500):
+        recent.record(A, np.concatenate([system, users[i % 20]]), i * 0.01)
+    assert len(recent) == 3400
+    assert sum(len(keys) for _, keys in recent.chains(A)) <= 2 * 3400 + 4096 + 3020
+    assert [at for at, _ in recent.chains(A)] == sorted(at for at, _ in recent.chains(A))
+    assert depth(index, np.concatenate([system, users[3]])) == [3020, 0]
+    while recent.expire(104.9):
+        pass
+    assert [depth(index, np.concatenate([system, users[i]]))[0] for i in (9, 19)] == [3000, 3020]
+    while recent.expire(105.0):
+        pass
+    assert len(recent) == len(index) == 0
+
+
+def test_what_is_too_old_can_be_forgotten_at_leisure_until_nothing_is_left():
+    index, recent = book(ttl=1.0)
+    for i in range(100):
+        recent.record(A, chain(i), 0.0)
+    calls = 0
+    while recent.expire(2.0):
+        calls += 1
+    assert calls > 5
+    assert len(recent) == len(index) == 0

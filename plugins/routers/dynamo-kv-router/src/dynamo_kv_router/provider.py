@@ -337,6 +337,11 @@ class KvIndex:
             await asyncio.sleep(min(1.0, self.silence / 4))
             for source in list(self._sources.values()):
                 self._look(source)
+            # Requests forget a little of what is too old; here goes what they left, as after a quiet hour.
+            left = True
+            while left:
+                left = self._recent.expire(self.clock())
+                await asyncio.sleep(0)
             self.index.tidy(8)
 
     def _ask(self, source: Source) -> None:
