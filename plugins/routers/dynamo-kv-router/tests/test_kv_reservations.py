@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Queue, Router, Status, Use
 from dynamo_core.context import Context
-from dynamo_core.errors import AllBusy, Cancelled, DynamoError, IdInUse, NoWorker, RequestError, RequestNotFound
+from dynamo_core.errors import AllBusy, Cancelled, DynamoError, IdInUse, NoWorker, RequestError, RequestNotFound, Unavailable
 from dynamo_core.pipeline.catalog import FleetCatalog
-from dynamo_core.pipeline.dispatch import Dispatcher
+from dynamo_core.pipeline.dispatch import Booking, Dispatcher
 from dynamo_core.plugins import Plugins
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.router import Router as LiveRouter
@@ -97,6 +100,8 @@ async def test_a_selected_request_is_booked_as_one_that_is_sent_and_its_words_co
         assert row["facts"]["bookings.blocks"] == row["facts"]["kv.active_blocks"] == 10
         assert it.metric("dynamo_router_reservations") == 1
 
+        assert (await it.http.post("/requests/r", json={"tokens": 0})).status_code == 204
+        assert sum(it.facts("bookings.prefill_tokens")) == 160
         assert (await it.http.post("/requests/r")).status_code == 204
         assert it.load() == {"bookings.in_flight": 1, "bookings.blocks": 10, "kv.active_blocks": 10, "engine.decoding": 1, "engine.context": 161,
                              "engine.generated": 1}  # fmt: skip
@@ -266,8 +271,8 @@ async def test_a_worker_that_a_gateway_complains_of_is_avoided_as_if_a_stream_ha
 
 async def test_those_who_vanish_are_forgotten_and_those_who_speak_are_not():
     async with site(silence=0.4) as it:
-        await it.select("vanishes")
         await it.select("speaks", [70, *PROMPT])
+        await it.select("vanishes")
         it.service.progress(Progress(request_id="vanishes", tokens=30))
         async with asyncio.timeout(15):
             while sum(it.facts("bookings.in_flight")) == 2:
@@ -294,6 +299,17 @@ async def test_reservations_are_bounded():
             await reserve("r2")
         reservations.release(Release(request_id="r0"))
         await reserve("r2")
+
+
+async def test_every_series_is_on_the_page():
+    page = set(re.findall(r"^\| `(\w+)`", (Path(__file__).parents[4] / "docs" / "reference" / "metrics.md").read_text(), re.M))
+    async with site() as it:
+        await it.select()
+        await it.http.delete("/requests/r")
+        families = list(text_string_to_metric_families((await it.http.get("/metrics")).text))
+    exported = {family.name + ("_total" if family.type == "counter" else "") for family in families if not family.name.endswith("_created")}
+    assert {"dynamo_router_reservations", "dynamo_router_reservations_ended_total"} <= exported
+    assert exported <= page
 
 
 # -------------------------------------------------------------- over the request plane, and among other routers
@@ -489,6 +505,23 @@ class Fleet:
 async def turn() -> None:
     for _ in range(6):
         await asyncio.sleep(0)
+
+
+async def test_a_worker_that_leaves_when_it_was_just_selected_is_nobody_s_place():
+    fleet = Fleet(Queue(enabled=False))
+    book = fleet.dispatcher.book
+
+    async def book_and_lose(asked: RoutingRequest, context: Context, block_size: int) -> Booking:
+        booking = await book(asked, context, block_size)
+        fleet.die(booking.worker.instance)
+        return booking
+
+    fleet.dispatcher.book = book_and_lose  # type: ignore[method-assign]
+    asked = RoutingRequest("r", "m", [1] * 16, 16)
+    with pytest.raises(Unavailable, match="ask again"):
+        await fleet.reservations.reserve(fleet.dispatcher, asked, Context("r"), 16)
+    assert not fleet.under_way
+    assert not fleet.router.open_here()
 
 
 @settings(max_examples=200, deadline=None)
