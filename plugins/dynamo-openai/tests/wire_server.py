@@ -147,7 +147,7 @@ class WireServer:
             labels = f'{{engine="{rank}",model_name="{self.names[0]}"}}'
             lines += [f"vllm:num_requests_running{labels} {self.running if not rank else 0}.0", f"vllm:num_requests_waiting{labels} 0.0",
                       f"vllm:kv_cache_usage_perc{labels} {min(1.0, self.running / 100)}",
-                      f'vllm:cache_config_info{{block_size="{BLOCK}",enable_prefix_caching="True",engine="{rank}",num_gpu_blocks="1000"}} 1.0']  # fmt: skip
+                      f'vllm:cache_config_info{{block_size="{BLOCK}",enable_prefix_caching="True",engine="{rank}",num_gpu_blocks="{1000 * self.ranks}"}} 1.0']  # fmt: skip
         return "\n".join(lines) + "\n"
 
     # -------------------------------------------------------------- completions
@@ -166,6 +166,7 @@ class WireServer:
                 _send(writer, 200, await self._whole(body))
         finally:
             self.running -= 1
+            self.hung_up += writer.transport.is_closing()
         return None
 
     def _check(self, body: dict[str, Any]) -> None:
@@ -189,7 +190,6 @@ class WireServer:
         cached = self._store(body)
         async for index, token, best, reason, stop_reason in self._tokens(body):
             if writer.transport.is_closing():
-                self.hung_up += 1
                 return
             if trouble and sent == trouble["after"]:
                 if "error" in trouble:

@@ -77,9 +77,11 @@ class OpenAIEngine:
             met = await meet(self._options(), context, progress.phase)
         finally:
             beating.cancel()
-        self._running = Running(met, context, self.poll_interval)
+        self._running = running = Running(met, context)
+        await running.look()
+        running.watch(self.poll_interval)
         context.progress("ready", 1.0)
-        return self._running.card
+        return running.card
 
     def _options(self) -> Options:
         return Options(self.url, self.model, self.tokenizer, self.api_key, self.kv_events, self.kv_replay, self.block_size, self.total_blocks, self.dp_size,

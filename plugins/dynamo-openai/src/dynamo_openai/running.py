@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Running:
-    def __init__(self, met: Met, context: EngineContext, poll_interval: float) -> None:
+    def __init__(self, met: Met, context: EngineContext) -> None:
         self.card = met.card
         """Of the base model, as it is now."""
         self.tokenizer = met.tokenizer
@@ -31,10 +32,9 @@ class Running:
         self._gone: str | None = None
         """Why the server cannot be used at present."""
         self._stopped = False
-        self._poll_interval = poll_interval
         self._look_now = asyncio.Event()
         self._looking = asyncio.Lock()
-        self._watching = asyncio.create_task(self._watch(), name=f"watch {met.server.url}")
+        self._watching: asyncio.Task[None] | None = None
 
     # -------------------------------------------------------------- requests
 
@@ -62,7 +62,7 @@ class Running:
 
     async def probe(self) -> None:
         if self._gone is not None:
-            await self._look()
+            await self.look()
         if self._gone is not None:
             raise EngineDead(self._gone)
         ranks: Sequence[int | None] = range(self.card.dp_start, self.card.dp_start + self.card.dp_size) if self.card.dp_size > 1 else [None]
@@ -75,19 +75,21 @@ class Running:
 
     # -------------------------------------------------------------- what is seen of it
 
-    async def _watch(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(self._poll_interval):
-                    await self._look_now.wait()
-            except TimeoutError:
-                pass
-            self._look_now.clear()
-            await self._look()
-            if self._gone is not None or self._look_now.is_set():
-                await asyncio.sleep(self._poll_interval)  # whoever cannot reach it asks for a look each time
+    def watch(self, interval: float) -> None:
+        """Look every `interval` seconds, and at once when a stream breaks."""
+        self._watching = asyncio.create_task(self._watch(interval), name=f"watch {self._met.server.url}")
 
-    async def _look(self) -> None:
+    async def _watch(self, interval: float) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            await self.look()
+            if self._look_now.is_set():
+                await asyncio.sleep(interval)  # a stream that breaks may have many companions
+
+    async def look(self) -> None:
         """Is it there, and what it was? Tell what changed."""
         async with self._looking:
             try:

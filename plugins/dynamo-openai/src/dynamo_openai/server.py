@@ -141,9 +141,11 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 def cache_of(page: str) -> Cache:
     """What the page tells; nothing where it is not vLLM's."""
     infos = [dict(_LABEL.findall(labels)) for labels in _CACHE.findall(page)]
-    ranks = {dict(_LABEL.findall(labels)).get("engine", "0") for _, labels, _ in _SERIES.findall(page)}
-    info = infos[0] if infos else {}
-    return Cache(_whole(info.get("block_size")), _whole(info.get("num_gpu_blocks")), info.get("enable_prefix_caching") != "False", len(ranks) or None)
+    if not infos:
+        return Cache()
+    ranks = len({info.get("engine") for info in infos})
+    blocks = _whole(infos[0].get("num_gpu_blocks"))  # vLLM adds up what the ranks have
+    return Cache(_whole(infos[0].get("block_size")), None if blocks is None else blocks // ranks, infos[0].get("enable_prefix_caching") != "False", ranks)
 
 
 def loads_of(page: str, total_blocks: int) -> list[Load]:
