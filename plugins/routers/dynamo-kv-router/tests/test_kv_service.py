@@ -95,6 +95,11 @@ async def test_names_that_mean_nothing_are_refused_and_so_is_a_prompt_that_does_
                 answer = await client.post("/generate", json={**body, **wrong})
                 assert answer.status_code == 400
                 assert said in answer.json()["error"]["message"]
+            for path in ("/best_worker", "/overlap_scores", "/select"):
+                for wrong, said in (({"hint": {}}, "`hint`"), ({"hints": {"sesion": "s"}}, "`hints.sesion`"), ({"id": "r"}, "`id`")):
+                    answer = await client.post(path, json={"token_ids": [65], **wrong})
+                    assert answer.status_code == 400
+                    assert said in answer.json()["error"]["message"]
 
 
 async def test_tokens_that_no_vocabulary_has_are_the_caller_s_fault_and_nobody_else_s():

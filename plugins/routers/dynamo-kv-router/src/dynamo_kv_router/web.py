@@ -55,13 +55,13 @@ def router_app(service: RouterService) -> Starlette:
         return _json(service.dump())
 
     async def best_worker(http: HttpRequest) -> Response:
-        return _json(service.best_worker(_read(await http.body(), Question)))
+        return _json(service.best_worker(_written(await http.body(), Question)))
 
     async def overlap_scores(http: HttpRequest) -> Response:
-        return _json(service.overlap_scores(_read(await http.body(), Question)))
+        return _json(service.overlap_scores(_written(await http.body(), Question)))
 
     async def select(http: HttpRequest) -> Response:
-        question = _read(await http.body(), Question)
+        question = _written(await http.body(), Question)
         async with _while_there(http, Context(question.request_id)) as context:
             return _json(await service.select(question, context))
 
@@ -75,7 +75,7 @@ def router_app(service: RouterService) -> Starlette:
         return Response(status_code=204)
 
     async def generate(http: HttpRequest) -> Response:
-        request = _request(await http.body())
+        request = _written(await http.body(), Request)
         async with _while_there(http, Context(request.id)) as context:
             outputs = service.generate(request, context)
             first = await anext(outputs, ())
@@ -132,17 +132,17 @@ _STRUCTS: Mapping[str, type[msgspec.Struct]] = {"stops": Stops, "sampling": Samp
 _raw = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def _request(body: bytes) -> Request:
-    """People write these, so that a name that means nothing is an error. :raises RequestError: it is no request."""
-    request = _read(body, Request)
+def _written(body: bytes, kind: type[T]) -> T:
+    """People write these, so that a name that means nothing is an error, inside as well. :raises RequestError: it is something else."""
+    found = _read(body, kind)
     fields = _raw.decode(body)
-    unknown = [name for name in fields if name not in Request.__struct_fields__]
+    unknown = [name for name in fields if name not in kind.__struct_fields__]
     for name, struct in _STRUCTS.items():
         if name in fields:
             unknown += [f"{name}.{inner}" for inner in _raw.decode(fields[name]) if inner not in struct.__struct_fields__]
     if unknown:
-        raise RequestError(f"this is no request: Object contains unknown field `{unknown[0]}`")
-    return request
+        raise RequestError(f"this is no {kind.__name__.lower()}: Object contains unknown field `{unknown[0]}`")
+    return found
 
 
 # -------------------------------------------------------------- what goes out
