@@ -52,6 +52,7 @@ KINDS: Mapping[str, str] = {
 KNOWN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("engine", "global-router"): "dynamo-global-router",
     ("engine", "llamacpp"): "dynamo-llamacpp",
+    ("engine", "openai"): "dynamo-openai",
     ("engine", "sim"): "dynamo-sim",
     ("engine", "vllm"): "dynamo-vllm",
     ("engine", "sglang"): "dynamo-sglang",

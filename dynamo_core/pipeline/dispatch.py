@@ -46,6 +46,7 @@ class Booking:
         """So many more have come: told to the router at the first token, and at each block boundary after it."""
         if not self.tokens:
             self._router.first_token(self.request_id, self.worker, cached_tokens)
+        if cached_tokens is not None:
             self.found(cached_tokens)
         self.tokens += tokens
         if self.tokens - self._grown >= self._block_size:
