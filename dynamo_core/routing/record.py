@@ -248,7 +248,7 @@ class Decision:
         try:
             raw: dict[str, Any] = json.loads(line)
             request = raw["request"]
-            return cls(
+            decision = cls(
                 id=raw["id"],
                 request=RoutingRequest(
                     request["id"], request["model"], (), request["prompt_tokens"], request["role"], msgspec.convert(request["hints"], Hints),
@@ -274,8 +274,24 @@ class Decision:
                 waited=raw.get("waited", 0.0),
                 cached_tokens=raw.get("cached_tokens"),
             )
+            decision._must_fit()
         except (KeyError, TypeError, AttributeError, msgspec.ValidationError, json.JSONDecodeError) as e:
             raise ValueError(f"this is no decision record: {type(e).__name__}: {e}") from e
+        return decision
+
+    def _must_fit(self) -> None:
+        """A file may have been cut, joined or edited. :raises ValueError: its parts do not belong together."""
+        rows = range(len(self.workers))
+        for what, column in (("labels", self.labels), *((fact.name, column) for fact, column in self.columns.items())):
+            if len(column) != len(rows):
+                raise ValueError(f"this is no decision record: {len(column)} values of {what!r} for {len(rows)} workers")
+        for row in (*self.candidates, *(row for row, _, _ in self.rejected)):
+            if row not in rows:
+                raise ValueError(f"this is no decision record: there is no worker {row}")
+        if len(self.totals) not in (0, len(self.candidates)) or type(self.seed) is not int:
+            raise ValueError("this is no decision record: totals and candidates, or the seed, are not what a router writes")
+        if self.worker is not None and self.worker not in (self.workers[row] for row in self.candidates):
+            raise ValueError(f"this is no decision record: the worker that was chosen, {self.worker}, is no candidate")
 
 
 def _worker(raw: Sequence[int] | None) -> Worker | None:

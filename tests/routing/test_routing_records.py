@@ -1,5 +1,6 @@
 """A record alone gives the decision again, in memory and after JSON, whatever the stack, the fleet and the dice."""
 
+import json
 import math
 
 import attrs
@@ -235,3 +236,14 @@ class ByOverlap:
 
     def score(self, request, fleet):
         return fleet[facts.OVERLAP_TOKENS]
+
+
+@pytest.mark.parametrize("change", [
+    {"worker": [9, 0]}, {"candidates": [99, 0, 1]}, {"labels": []}, {"workers": []}, {"seed": "x"}, {"rejected": [[7, "load", "why"]]}, {"totals": [1.0]},
+    {"columns": {"bookings.requests": {"unit": "", "values": [1]}}},
+])
+def test_a_record_that_was_edited_until_its_parts_do_not_fit_is_refused_and_not_believed(change):
+    raw = json.loads(decided().to_json())
+    assert Decision.from_json(json.dumps(raw)).worker
+    with pytest.raises(ValueError, match="this is no decision record"):
+        Decision.from_json(json.dumps(raw | change))

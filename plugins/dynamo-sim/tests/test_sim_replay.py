@@ -192,6 +192,18 @@ def test_the_command_prints_json_that_repeats(trace_file: Path, capsys: pytest.C
     assert set(said[0]["stacks"][0]) == {a.name for a in attrs.fields(Report)}
 
 
+@pytest.mark.parametrize(("output", "unknown"), [(1, "itl_ms"), (10**11, "ttft_ms")])
+def test_json_is_json_also_where_there_is_nothing_to_measure(output: int, unknown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"timestamp": 0, "input_length": 100, "output_length": output, "hash_ids": [1]}) + "\n")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    main(["replay", str(path), "--json"])
+    assert json.loads(capsys.readouterr().out, parse_constant=refuse)["stacks"][0][unknown]["mean"] is None
+
+
 def test_the_command_draws(trace_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra dynamo-sim[plot] is not installed")
     picture = tmp_path / "replay.png"
@@ -209,6 +221,8 @@ def test_the_command_draws(trace_file: Path, tmp_path: Path) -> None:
         (["--block-size", "48"], "--block-size (48) must divide"),
         (["--max-batched-tokens", "100"], "--max-batched-tokens (100)"),
         (["--plot", "/no/such/folder/x.png"], "/no/such/folder"),
+        (["--plot", "/"], "this is a directory"),
+        (["--engine-speedup", "inf"], "engine_speedup"),
     ],
 )
 def test_what_cannot_be_replayed_is_said_before_it_starts(trace_file: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,8 @@ def check_png(path: Path) -> None:
         raise ConfigError(Problem("drawing needs matplotlib", f"--plot {path}", remedy="pip install 'dynamo-sim[plot]'"))
     if not path.parent.is_dir():
         raise ConfigError(Problem(f"there is no directory {path.parent}", f"--plot {path}"))
+    if path.is_dir():
+        raise ConfigError(Problem("this is a directory", f"--plot {path}", remedy=f"name a file: --plot {path / 'replay.png'}"))
 
 
 def png(path: Path, title: str, outcomes: Mapping[str, Outcome]) -> None:

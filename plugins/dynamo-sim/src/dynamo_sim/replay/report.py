@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ class Report:
     """Policies and providers that were left out, and how often."""
 
     def to_dict(self) -> dict[str, Any]:
-        return attrs.asdict(self)
+        """Fit for JSON: what there is nothing of, as the time between tokens of answers of one, is `None`."""
+        return attrs.asdict(self, value_serializer=lambda _, __, value: None if isinstance(value, float) and not math.isfinite(value) else value)
 
 
 def report(stack: str, trace: Trace, outcome: Outcome) -> Report:
@@ -114,6 +116,6 @@ def table(reports: Sequence[Report], title: str) -> Table:
         if r is not reports[0]:
             base = reports[0]
             for i, (mine, theirs) in enumerate(((r.ttft_ms.mean, base.ttft_ms.mean), (r.ttft_ms.p99, base.ttft_ms.p99), (r.e2e_ms.mean, base.e2e_ms.mean))):
-                cells[(0, 3, 6)[i]] += f" {100 * (mine / theirs - 1):+.0f}%"
+                cells[(0, 3, 6)[i]] += f" {100 * (mine / theirs - 1):+.0f}%" if theirs > 0 else ""
         shown.add_row(r.stack, *cells, f"{100 * r.hit_rate:.1f}", f"{r.output_tokens_per_s:.0f}", f"{r.busy_spread:.2f}", str(r.refused))
     return shown

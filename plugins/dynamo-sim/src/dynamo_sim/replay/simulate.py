@@ -35,9 +35,9 @@ class Options:
     workers: int = attrs.field(default=4, validator=v.ge(1))
     limits: Limits = attrs.field(factory=Limits)
     timing: str = attrs.field(default="polynomial", validator=v.in_(TIMINGS))
-    engine_speedup: float = attrs.field(default=1.0, validator=v.gt(0))
+    engine_speedup: float = attrs.field(default=1.0, validator=[v.gt(0), v.lt(math.inf)])
     """Steps take so many times less."""
-    rate: float = attrs.field(default=1.0, validator=v.gt(0))
+    rate: float = attrs.field(default=1.0, validator=[v.gt(0), v.lt(math.inf)])
     """Arrivals come so many times faster than in the trace."""
     concurrency: int | None = attrs.field(default=None, validator=v.optional(v.ge(1)))
     """Closed loop: so many requests are always in progress, and arrival times mean nothing."""
