@@ -181,3 +181,15 @@ def test_a_store_that_is_repeated_and_a_removal_of_nothing_change_nothing(store:
 def test_the_number_of_shards_is_a_power_of_two(store: Choice):
     with pytest.raises(ValueError, match="power of two"):
         Index(shards=3, store=store)
+
+
+def test_an_engine_that_clears_its_cache_again_and_again_takes_one_place(store: Choice):
+    index, keys, worker = Index(store=store), prompt(random.Random(1), 10), Worker(1)
+    index.join(worker)
+    index.add(worker, keys)
+    for _ in range(1000):
+        index.clear(worker)
+    assert index.depths(keys, (worker,)).tolist() == [0]
+    assert index.width == 2
+    index.add(worker, keys[:4])
+    assert index.depths(keys, (worker,)).tolist() == [4]

@@ -43,6 +43,8 @@ class Index:
         self._used = 0
         self._live = 0
         """Mask of the slots whose bits count."""
+        self._touched = 0
+        """Mask of the slots that something was added to since they were given: clearing one of the others takes no new slot."""
         self._dead = 0
         """Slots that left: their bits are swept shard by shard, and then they can be given to another worker."""
         self._late = 0
@@ -79,6 +81,7 @@ class Index:
         """Forget all of a worker, at once: its bit does not count any more, and is swept up later, a shard at a time."""
         if (slot := self._slots.pop(worker, None)) is not None:
             self._live &= ~(1 << slot)
+            self._touched &= ~(1 << slot)
             self._rows_of = None
             if self._dead:
                 self._late |= 1 << slot
@@ -87,7 +90,7 @@ class Index:
 
     def clear(self, worker: Worker) -> None:
         """The worker stays and holds nothing."""
-        if worker in self._slots:
+        if (slot := self._slots.get(worker)) is not None and self._touched >> slot & 1:
             self.drop_worker(worker)
             self.join(worker)
 
@@ -121,6 +124,7 @@ class Index:
             if (store := self._store.get(level)) is None:
                 store = self._store[level] = self.kind.make(self._shards, max(1, self._limit // self._shards))
                 self._levels = sorted(self._store)
+            self._touched |= 1 << slot
             store.add(keys, slot)
             self.tidy()
 
