@@ -125,6 +125,8 @@ class _Place:
         found: dict[str, str] = {}
         if self._ended is not None and (self._worker is None or self._worker.card is None):
             found["engine"] = f"it has ended and is started again: {self._ended}"
+        elif self._worker is None:
+            found["starting"] = "join the fleet"
         if self._worker is not None:
             if isinstance(self._worker.engine, Reports):
                 found.update(self._worker.engine.problems())

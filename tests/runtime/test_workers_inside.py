@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dynamo_core.config.schema import Config, Use
 from dynamo_core.config.schema import Worker as Settings
 from dynamo_core.context import Context
+from dynamo_core.discovery.memory import MemoryDiscovery, MemoryLease
 from dynamo_core.engines.echo import EchoEngine
 from dynamo_core.errors import ConfigError
 from dynamo_core.pipeline.catalog import FleetCatalog
@@ -183,6 +184,24 @@ async def test_a_worker_that_does_not_start_is_named_and_tried_again_until_it_do
         await it.until(lambda: it.catalog.problems().get("backend-1.0 engine") == f"it has ended and is started again: {why}")
         await it.until(lambda: it.ready() == {"well": 1, "echo": 1})
         await it.until(lambda: not it.catalog.problems())
+
+
+async def test_a_worker_that_waits_for_the_discovery_store_is_named(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway(plugins) as it:
+        answers = asyncio.Event()
+        lease = MemoryDiscovery.lease
+
+        async def late(self: MemoryDiscovery, ttl: float = 10.0) -> MemoryLease:
+            await answers.wait()
+            return await lease(self, ttl)
+
+        monkeypatch.setattr(MemoryDiscovery, "lease", late)
+        config = attrs.evolve(it.runtime.config, workers=(worker(),))
+        async with workers_inside(config, plugins, it.registry) as inside:
+            await asyncio.sleep(0)
+            assert inside.problems() == {"backend-0 starting": "join the fleet"}
+            answers.set()
+            await it.until(lambda: it.ready() == {"echo": 1} and not inside.problems())
 
 
 async def test_an_option_that_is_wrong_starts_nobody(plugins: Plugins) -> None:
