@@ -16,8 +16,8 @@ from dynamo_core.routing.contract import Fact, Policy, Preset
 from dynamo_core.routing.decide import Choice, Part, Stack, protocol_of
 from dynamo_core.routing.facts import BOOKED_PREFILL_TOKENS, MAX_BATCHED_TOKENS
 
-SAFETY = ("ready", "not-failed", "pinned")
-"""Filters of every stack, first unless the configuration names them elsewhere."""
+SAFETY = ("ready", "not-failed", "pinned", "taints")
+"""Filters of every stack: what callers demand, and who can serve at all. They come first unless the configuration names them elsewhere."""
 
 QUEUE_NEEDS: tuple[Fact[Any], ...] = (BOOKED_PREFILL_TOKENS, MAX_BATCHED_TOKENS)
 """Facts that tell a queue which workers have room."""

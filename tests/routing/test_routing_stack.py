@@ -107,7 +107,7 @@ def test_without_configuration_it_is_round_robin_behind_the_safety_filters():
 @pytest.mark.parametrize("preset", ["round-robin", "random", "least-loaded", "power-of-two", "direct"])
 def test_every_preset_builds_and_chooses(preset):
     stack = build_stack(RouterConfig(use=Use(preset)), plugins())
-    assert {"ready", "not-failed", "pinned"} <= set(names(stack.filters))
+    assert {"ready", "not-failed", "pinned", "taints"} <= set(names(stack.filters))
     assert stack.describe()["filters"]
 
 
@@ -148,7 +148,7 @@ def test_a_preset_of_a_plugin_is_a_table_and_its_mistakes_are_named():
 
 def test_a_whole_policy_takes_the_place_of_scorers_and_picker_and_keeps_the_filters():
     stack = build_stack(RouterConfig(use=Use("whole")), plugins(("policy", "whole", "Whole")))
-    assert names(stack.filters) == ["ready", "not-failed", "pinned"]
+    assert names(stack.filters) == ["ready", "not-failed", "pinned", "taints"]
     assert facts.IN_FLIGHT in stack.needs
     columns = dict.fromkeys(facts.ALL, (0,) * 4) | {facts.PROVEN: (True,) * 4, facts.DRAINING: (False,) * 3 + (True,)}
     assert stack.decide(REQUEST, WORKERS, columns, Dice(1)).worker == WORKERS[2]
