@@ -1,12 +1,14 @@
 """From engine events on a ZeroMQ socket to the index: CPU of the consuming process, beside ai-dynamo's standalone indexer (Rust).
 
-    raw     a process reads what vLLM publishes, names the blocks and indexes them: the same work as the indexer's
+    raw     a process with the relay of four plain engines and the router: it reads what they publish, names the blocks and indexes them, as the indexer does
     edge    a router process follows the news of four workers, through event plane, feeds and provider; naming is the workers' work
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import random
 import signal
@@ -14,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Config, Kv, Secret, Use
 from dynamo_core.config.schema import Router as RouterConfig
 from dynamo_core.engines.contract import BlocksStored
-from dynamo_core.kv import Chains, Hasher
+from dynamo_core.kv.feed import KvFeed
 from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.surroundings import Attachments
 from dynamo_core.plugins import Plugins
@@ -38,7 +39,6 @@ from dynamo_core.runtime import names
 from dynamo_core.runtime.relay import KvRelay
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.types import Instance
-from dynamo_kv_router.index import Index
 from dynamo_kv_router.store import Choice
 
 WORKERS = 4
@@ -76,14 +76,17 @@ def events(blocks: int, size: int) -> list[tuple[int, BlocksStored]]:
 
 
 def publish(sockets: Sequence[zmq.Socket[bytes]], payloads: Sequence[tuple[int, bytes]]) -> None:
+    numbers = [itertools.count() for _ in sockets]
     for i, (worker, payload) in enumerate(payloads):
-        sockets[worker].send_multipart([b"kv-events", i.to_bytes(8, "big"), payload])
+        sockets[worker].send_multipart([b"kv-events", next(numbers[worker]).to_bytes(8, "big"), payload])
         if i % (PACE // PER_EVENT) == 0:
             time.sleep(0.01)
 
 
 def as_vllm(event: BlocksStored, size: int) -> bytes:
-    return msgspec.msgpack.encode([0.0, [["BlockStored", event.hashes, event.parent, event.token_ids, size, None, "GPU"]], 0])
+    stored = {"type": "BlockStored", "block_hashes": event.hashes, "parent_block_hash": event.parent, "token_ids": event.token_ids, "block_size": size,
+              "lora_id": None, "medium": "GPU", "lora_name": None, "extra_keys": [None] * PER_EVENT, "group_idx": 0, "kv_cache_spec_kind": "full_attention"}
+    return msgspec.msgpack.encode([0.0, [stored], 0])
 
 
 def over_zmq(command: Sequence[str], blocks: int, size: int) -> float:
@@ -112,47 +115,9 @@ def over_zmq(command: Sequence[str], blocks: int, size: int) -> float:
 # ------------------------------------------------------------------ ours, in processes of their own
 
 
-class _Stored(msgspec.Struct, array_like=True, gc=False):
-    tag: str
-    hashes: list[int]
-    parent: int | None
-    token_ids: list[int]
-    block_size: int
-
-
-class _Batch(msgspec.Struct, array_like=True, gc=False):
-    at: float
-    events: list[_Stored]
-
-
-def consume_raw(addresses: str, size: int, store: Choice) -> None:
-    hasher, index, poller = Hasher(b"benchmark", size), Index(store=store), zmq.Poller()
-    decode = msgspec.msgpack.Decoder(_Batch).decode
-    sources: dict[zmq.Socket[bytes], tuple[Worker, Chains]] = {}
-    for pair in addresses.split(","):
-        name, _, address = pair.partition("=")
-        socket = zmq.Context.instance().socket(zmq.SUB)
-        socket.set(zmq.RCVHWM, 0)
-        socket.connect(address)
-        socket.subscribe(b"")
-        poller.register(socket, zmq.POLLIN)
-        sources[socket] = Worker(int(name)), Chains(hasher)
-        index.join(Worker(int(name)))
-    while True:
-        for socket, _ in poller.poll():
-            worker, chains = sources[socket]
-            arrived: list[BlocksStored] = []
-            with suppress(zmq.Again):
-                while len(arrived) < 64:
-                    payload = socket.recv_multipart(zmq.NOBLOCK)[2]
-                    arrived += [BlocksStored(event.hashes, event.parent, event.token_ids) for event in decode(payload).events]
-            for change in chains.apply(arrived):
-                index.apply(worker, change)
-
-
-def _config(folder: str, store: Choice) -> Config:
+def _config(discovery: Use, store: Choice, **planes: Use) -> Config:
     router = RouterConfig(scorers=(Use("kv-overlap"),), facts=(Use("kv-index", {"store": store}),))
-    return Config(discovery=Use("file", {"path": folder}), kv=Kv(Secret("benchmark")), router=router)
+    return Config(discovery=discovery, kv=Kv(Secret("benchmark")), router=router, **planes)
 
 
 def void(_: object) -> None: ...
@@ -162,34 +127,54 @@ def _card(size: int) -> ModelCard:
     return ModelCard(name="model", block_size=size, dp_size=WORKERS, kv_events=True)
 
 
-async def _follow(folder: str, size: int, store: Choice) -> None:
-    async with Runtime.open(_config(folder, store), Plugins.load()) as runtime:
-        while not (found := await runtime.discovery.items(names.instances("dynamo"))):
-            await asyncio.sleep(0.05)
-        instance = msgspec.json.decode(next(iter(found.values())), type=Instance)
-        router = Router("model", build_stack(runtime.config.router, runtime.plugins))
-        EventFeeds(runtime).add(router, "backend")
-        Attachments(runtime, CollectorRegistry()).follow(router, "backend")
-        for rank in range(WORKERS):
-            router.joined(Worker(instance.id, rank), instance, _card(size))
-        await asyncio.Event().wait()
+async def _follow(runtime: Runtime, size: int) -> None:
+    while not (found := await runtime.discovery.items(names.instances("dynamo"))):
+        await asyncio.sleep(0.05)
+    instance = msgspec.json.decode(next(iter(found.values())), type=Instance)
+    router = Router("model", build_stack(runtime.config.router, runtime.plugins))
+    EventFeeds(runtime).add(router, "backend")
+    Attachments(runtime, CollectorRegistry()).follow(router, "backend")
+    for rank in range(WORKERS):
+        router.joined(Worker(instance.id, rank), instance, _card(size))
+    await asyncio.Event().wait()
 
 
-def consume_edge(folder: str, size: int, store: Choice) -> None:
+async def _raw(addresses: str, size: int, store: Choice) -> None:
+    config = _config(Use("memory"), store, request_plane=Use("in-process"), event_plane=Use("in-process"))
+    async with Runtime.open(config, Plugins.load()) as runtime, _relaying(runtime, size) as relay:
+        for rank, pair in enumerate(addresses.split(",")):
+            await KvFeed(rank, (pair.partition("=")[2], None), relay.reported).open()
+        await _follow(runtime, size)
+
+
+async def _edge(folder: str, size: int, store: Choice) -> None:
+    async with Runtime.open(_config(Use("file", {"path": folder}), store), Plugins.load()) as runtime:
+        await _follow(runtime, size)
+
+
+@contextlib.asynccontextmanager
+async def _relaying(runtime: Runtime, size: int) -> AsyncGenerator[KvRelay]:
+    publisher = await runtime.publisher("backend", "kv")
+    relay = KvRelay(_card(size), b"benchmark", lambda payload: void(publisher.publish(payload)))
+    await runtime.serve("backend", {names.KV_STATE: relay.answer})
+    await runtime.announce("backend", names.GENERATE, b"{}")
+    try:
+        yield relay
+    finally:
+        relay.close()
+
+
+def consume(how: str, where: str, size: int, store: Choice) -> None:
     import uvloop
 
-    uvloop.run(_follow(folder, size, store))
+    uvloop.run((_raw if how == "raw" else _edge)(where, size, store))
 
 
 async def _relay(blocks: int, size: int, store: Choice) -> tuple[float, float]:
     """Nanoseconds of CPU a block: of the router process, and of the relay in this one."""
     with tempfile.TemporaryDirectory() as folder:
-        async with Runtime.open(_config(folder, store), Plugins.load()) as runtime:
-            publisher = await runtime.publisher("backend", "kv")
+        async with Runtime.open(_config(Use("file", {"path": folder}), store), Plugins.load()) as runtime, _relaying(runtime, size) as relay:
             stream = events(blocks, size)
-            relay = KvRelay(_card(size), b"benchmark", lambda payload: void(publisher.publish(payload)))
-            await runtime.serve("backend", {names.KV_STATE: relay.answer})
-            await runtime.announce("backend", names.GENERATE, b"{}")
             process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size), store])
             try:
                 await asyncio.sleep(4.0)
@@ -210,7 +195,6 @@ async def _relay(blocks: int, size: int, store: Choice) -> tuple[float, float]:
             finally:
                 process.kill()
                 process.wait()
-                relay.close()
 
 
 def pipelines(peer: str | None, stores: Sequence[Choice], quick: bool) -> None:
@@ -234,4 +218,4 @@ def pipelines(peer: str | None, stores: Sequence[Choice], quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    {"raw": consume_raw, "edge": consume_edge}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    consume(sys.argv[1], sys.argv[2], int(sys.argv[3]), "python" if sys.argv[4] == "python" else "native")

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, repeat
 
 import attrs
 import numpy as np
 
 from dynamo_core.engines.contract import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
+from dynamo_core.kv.blocks import Blocks, Hash
 from dynamo_core.kv.hashing import Hasher, Keys, digest_of
 from dynamo_core.kv.wire import LEVELS, Change, Op
-
-Hash = int | bytes
 
 ABSENT = len(LEVELS)
 """The level of what cannot be reached."""
@@ -51,16 +49,12 @@ class Chains:
         """Events left out because they cannot be read."""
         self._lie = ""
         self._full = False
-        self._key: dict[Hash, int] = {}
+        self._blocks = Blocks()
         self._odd: dict[Hash, _Odd] = {}
-        self._next: dict[Hash, Hash] = {}
-        """A child of each block. It may be gone: children are looked up in `_key` before they count."""
-        self._more: dict[Hash, set[Hash]] = {}
-        """Its other children."""
         self._out: list[tuple[Op, int, list[array[int] | Keys]]] = []
 
     def __len__(self) -> int:
-        return len(self._key)
+        return len(self._blocks)
 
     def problem(self) -> str:
         """Why the picture is not to be trusted; empty when it is."""
@@ -75,8 +69,6 @@ class Chains:
                 self._apply(event)
             except (TypeError, ValueError, OverflowError):
                 self.malformed += 1
-        if len(self._next) > 2 * len(self._key) + 1024:
-            self._forget_ghosts()
         out, self._out = self._out, []
         return [Change(op, level, np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), np.uint64)) for op, level, parts in out]  # pyright: ignore[reportArgumentType]
 
@@ -85,9 +77,8 @@ class Chains:
         keys: list[array[int]] = [array("Q") for _ in LEVELS]
         for h, odd in self._odd.items():
             if odd.level != ABSENT:
-                keys[odd.level].append(self._key[h])
-        odd = self._odd
-        keys[0].extend(array("Q", [key for h, key in self._key.items() if h not in odd] if odd else list(self._key.values())))
+                keys[odd.level].append(self._blocks.key(h))
+        keys[0].extend(self._blocks.keys(self._odd))
         return [Change(Op.ADD, level, np.frombuffer(found, np.uint64)) for level, found in enumerate(keys) if found]
 
     def _apply(self, event: KvEvent) -> None:
@@ -120,88 +111,64 @@ class Chains:
             return
         if count < len(hashes):
             hashes = hashes[:count]  # The last block is not full: nobody can share it.
-        self._full = len(self._key) + count > self.limit
+        self._full = len(self._blocks) + count > self.limit
         if self._full:
             return
         if parent is None:
             start = self.hasher.root(event.adapter, event.cache_salt)
-        elif (start := self._key.get(parent, -1)) < 0 or parent in hashes:
+        elif parent not in self._blocks or parent in hashes:
             self.unlinked += len(hashes)
             return
+        else:
+            start = self._blocks.key(parent)
         content = [(block, digest_of(d)) for block, digests in enumerate(event.media) for d in digests]
         keys = self.hasher.keys(event.token_ids if isinstance(event.token_ids, list | array) else list(event.token_ids), start, content)
         if hashes := hashes[: len(keys)]:
             self._link(hashes, parent, keys, level)
 
     def _link(self, hashes: Sequence[Hash], parent: Hash | None, keys: Keys, level: int) -> None:
-        known = self._key
-        simple = level == 0 and (parent is None or parent not in self._odd)
-        if simple and known.keys().isdisjoint(hashes) and self._next.keys().isdisjoint(hashes):
-            before = len(known)
-            known.update(zip(hashes, keys.tolist(), strict=True))
-            if len(known) - before == len(hashes):
-                self._next.update(pairwise(hashes))
-                if parent is not None:
-                    self._adopt(parent, hashes[0])
-                self._emit(Op.ADD, 0, keys)
-                return
-            for h in hashes:  # The event names a block twice: start again, one by one.
-                known.pop(h, None)
-        for h, key in zip(hashes, keys.tolist(), strict=True):
+        if level == 0 and (parent is None or parent not in self._odd) and self._blocks.store(hashes, parent, keys):
+            self._emit(Op.ADD, 0, keys)
+            return
+        for i, h in enumerate(hashes):
             above = 0 if parent is None else self._level(parent)
-            if h not in known:
-                known[h] = key
+            if h not in self._blocks:
+                self._blocks.store_one(h, parent, int(keys[i]))
                 self._odd[h] = _Odd(above=above)
-                if parent is not None:
-                    self._adopt(parent, h)
             self._count(h, level, 1)
             parent = h
 
     def _stored_again(self, hashes: Sequence[Hash], level: int) -> None:
         """Copies of blocks that are known already; engines that move blocks between tiers report them without tokens."""
         for h in hashes:
-            if h in self._key:
+            if h in self._blocks:
                 self._count(h, level, 1)
             else:
                 self.unlinked += 1
 
-    def _adopt(self, parent: Hash, child: Hash) -> None:
-        first = self._next.setdefault(parent, child)
-        if first != child:
-            if first not in self._key:
-                self._next[parent] = child
-                return
-            more = self._more.setdefault(parent, set())
-            more.add(child)
-            if len(more) >= 64 and not len(more) & (len(more) - 1):
-                self._more[parent] = {child for child in more if child in self._key}
-
-    def _forget_ghosts(self) -> None:
-        """Blocks that are gone are remembered for what is left below them; drop those below which nothing is left."""
-        known = self._key
-        self._next = {h: child for h, child in self._next.items() if h in known or child in known or any(c in known for c in self._more.get(h, ()))}
-        self._more = {h: children for h, children in self._more.items() if h in self._next}
-
     # -------------------------------------------------------------- removed
 
     def _removed(self, hashes: Sequence[Hash], level: int) -> None:
-        if level or (self._odd and not self._odd.keys().isdisjoint(hashes)) or (self._more and not self._more.keys().isdisjoint(hashes)):
+        if level or (self._odd and not self._odd.keys().isdisjoint(hashes)):
             for h in hashes:
-                if h in self._key:
+                if h in self._blocks:
                     self._count(h, level, -1)
             return
-        keys = [key for key in map(self._key.pop, hashes, repeat(-1)) if key >= 0]
-        children = list(map(self._next.pop, hashes, repeat(None)))
+        keys, below = array("Q"), list[Hash]()
+        for h in hashes:
+            try:
+                key, children = self._blocks.drop(h)
+            except KeyError:
+                continue
+            keys.append(key)
+            below += children
         if keys:
-            self._emit(Op.REMOVE, 0, array("Q", keys))
-        for h, child in zip(hashes, children, strict=True):
-            if child is not None and child in self._key:
-                self._next[h] = child
-                self._below([(child, ABSENT)])
+            self._emit(Op.REMOVE, 0, keys)
+        self._below([(child, ABSENT) for child in below if child in self._blocks])
 
     def _cleared(self) -> None:
-        for table in (self._key, self._odd, self._next, self._more):
-            table.clear()
+        self._blocks = Blocks()
+        self._odd.clear()
         self._out = [(Op.CLEAR, 0, [])]
         self._full = False
 
@@ -209,7 +176,7 @@ class Chains:
 
     def _level(self, h: Hash) -> int:
         odd = self._odd.get(h)
-        return (0 if h in self._key else ABSENT) if odd is None else odd.level
+        return (0 if h in self._blocks else ABSENT) if odd is None else odd.level
 
     def _as_odd(self, h: Hash) -> _Odd:
         if (odd := self._odd.get(h)) is None:
@@ -236,26 +203,19 @@ class Chains:
         """Bring the level of a block up to date. Returns the children that this concerns, with its level."""
         own = next((level for level, copies in enumerate(odd.copies) if copies), ABSENT)
         was, odd.level = odd.level, max(own, odd.above) if own != ABSENT else ABSENT
-        key = self._key[h]
         if was != odd.level:
+            key = array("Q", (self._blocks.key(h),))
             if was != ABSENT:
-                self._emit(Op.REMOVE, was, array("Q", (key,)))
+                self._emit(Op.REMOVE, was, key)
             if odd.level != ABSENT:
-                self._emit(Op.ADD, odd.level, array("Q", (key,)))
-        if own == ABSENT:
-            del self._key[h], self._odd[h]
-        elif odd.level == 0 and odd.copies[0] == 1 and not any(odd.copies[1:]):
-            del self._odd[h]
-        if was == odd.level and own != ABSENT:
-            return []
-        children = [child for child in (self._next.get(h), *self._more.get(h, ())) if child is not None and child in self._key]
+                self._emit(Op.ADD, odd.level, key)
         if own == ABSENT:
             # What it leaves behind waits below it, out of reach, until it is stored again.
-            self._next.pop(h, None)
-            self._more.pop(h, None)
-            for child in children:
-                self._adopt(h, child)
-        return [(child, odd.level) for child in children]
+            del self._odd[h]
+            return [(child, ABSENT) for child in self._blocks.drop(h)[1]]
+        if odd.level == 0 and odd.copies[0] == 1 and not any(odd.copies[1:]):
+            del self._odd[h]
+        return [] if was == odd.level else [(child, odd.level) for child in self._blocks.children(h)]
 
     def _emit(self, op: Op, level: int, keys: array[int] | Keys) -> None:
         if self._out and self._out[-1][0] is op and self._out[-1][1] == level:

@@ -10,6 +10,7 @@ with them. Where `dynamo-kv-native` is installed they never become numbers.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -28,30 +29,7 @@ _FULL = ("full_attention", "mla_attention", None)
 """Kinds of cache whose blocks say that a prefix is there. Others (sliding windows, state) keep only a part of it."""
 
 
-class _Batch(msgspec.Struct, array_like=True, gc=False):
-    at: float
-    events: list[msgspec.Raw]
-
-
-class _Kind(msgspec.Struct, gc=False):
-    type: str
-
-
-class _KindInArray(_Kind, array_like=True, gc=False):
-    pass
-
-
-class _Removed(_Kind, gc=False):
-    block_hashes: list[Hash]
-    medium: str | None = None
-    group_idx: int | None = None
-
-
-class _RemovedInArray(_Removed, array_like=True, gc=False):
-    pass
-
-
-class _Stored(_Kind, gc=False):
+class _Stored(msgspec.Struct, gc=False, tag_field="type", tag="BlockStored"):
     block_hashes: list[Hash]
     parent_block_hash: Hash | None
     token_ids: msgspec.Raw
@@ -64,16 +42,74 @@ class _Stored(_Kind, gc=False):
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
     cache_salt: str | None = None
-    """Of SGLang; vLLM has it among the extra keys of a prompt's first block."""
+    """Of SGLang, in maps alone; vLLM has it among the extra keys of a prompt's first block."""
 
 
-class _StoredInArray(_Stored, array_like=True, gc=False):
+class _Removed(msgspec.Struct, gc=False, tag_field="type", tag="BlockRemoved"):
+    block_hashes: list[Hash]
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _Cleared(msgspec.Struct, gc=False, tag_field="type", tag="AllBlocksCleared"):
     pass
 
 
-_batch = msgspec.msgpack.Decoder(_Batch).decode
-_in_map = (msgspec.msgpack.Decoder(_Kind).decode, msgspec.msgpack.Decoder(_Stored).decode, msgspec.msgpack.Decoder(_Removed).decode)
-_in_array = (msgspec.msgpack.Decoder(_KindInArray).decode, msgspec.msgpack.Decoder(_StoredInArray).decode, msgspec.msgpack.Decoder(_RemovedInArray).decode)
+class _StoredArray(_Stored, array_like=True, gc=False, tag="BlockStored"):
+    pass
+
+
+class _RemovedArray(_Removed, array_like=True, gc=False, tag="BlockRemoved"):
+    pass
+
+
+class _ClearedArray(_Cleared, array_like=True, gc=False, tag="AllBlocksCleared"):
+    pass
+
+
+class _Maps(msgspec.Struct, array_like=True, gc=False):
+    at: float
+    events: list[_Stored | _Removed | _Cleared]
+
+
+class _Arrays(msgspec.Struct, array_like=True, gc=False):
+    at: float
+    events: list[_StoredArray | _RemovedArray | _ClearedArray]
+
+
+class _Anything(msgspec.Struct, array_like=True, gc=False):
+    at: float
+    events: list[msgspec.Raw]
+
+
+_maps = msgspec.msgpack.Decoder(_Maps).decode
+_arrays = msgspec.msgpack.Decoder(_Arrays).decode
+_anything = msgspec.msgpack.Decoder(_Anything).decode
+_map = msgspec.msgpack.Decoder(_Stored | _Removed | _Cleared).decode
+_array = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedArray).decode
+_KINDS = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
+
+
+def _decoded(message: bytes) -> Sequence[_Stored | _Removed | _Cleared]:
+    for decode in (_maps, _arrays):
+        try:
+            return decode(message).events
+        except msgspec.ValidationError:
+            pass
+    return [event for raw in _anything(message).events if (event := _known(raw)) is not None]
+
+
+def _known(raw: msgspec.Raw) -> _Stored | _Removed | _Cleared | None:
+    """An event by itself; `None` for kinds that are not known here."""
+    try:
+        return _map(raw)
+    except msgspec.ValidationError:
+        plain: Any = msgspec.msgpack.decode(raw)
+        kind: Any = plain.get("type") if isinstance(plain, dict) else plain[0] if isinstance(plain, list) and plain else None
+        if not isinstance(kind, str) or (kind in _KINDS and isinstance(plain, dict)):
+            raise
+        return _array(raw) if kind in _KINDS else None
+
 
 _numbers = msgspec.msgpack.Decoder(list[int]).decode
 
@@ -101,22 +137,19 @@ class EngineEvents:
     def read(self, message: bytes) -> list[KvEvent]:
         """:raises ValueError: the message is not understood; `msgspec.MsgspecError` is one. :raises OverflowError: a token is negative."""
         events: list[KvEvent] = []
-        for raw in _batch(message).events:
-            kind_of, stored, removed = _in_array if _is_array(raw) else _in_map
-            match kind_of(raw).type:
-                case "BlockStored":
-                    if self._counts(event := stored(raw)):
+        for event in _decoded(message):
+            match event:
+                case _Stored():
+                    if self._counts(event):
                         events.append(self._stored(event))
-                case "BlockRemoved":
-                    if (gone := removed(raw)).group_idx not in self._ignored_groups:
-                        for block in gone.block_hashes if self._salts else ():
+                case _Removed():
+                    if event.group_idx not in self._ignored_groups:
+                        for block in event.block_hashes if self._salts else ():
                             self._salts.pop(block, None)
-                        events.append(BlocksRemoved(gone.block_hashes, _TIERS.get(gone.medium, "external")))
-                case "AllBlocksCleared":
+                        events.append(BlocksRemoved(event.block_hashes, _TIERS.get(event.medium, "external")))
+                case _Cleared():
                     self._salts.clear()
                     events.append(BlocksCleared())
-                case _:
-                    pass
         return events
 
     def _counts(self, event: _Stored) -> bool:
@@ -151,7 +184,3 @@ class EngineEvents:
                 found.append([name.removeprefix(prefix) for name in names if isinstance(name, str) and name.startswith(prefix)])
         return found if any(found) else []
 
-
-def _is_array(raw: msgspec.Raw) -> bool:
-    first = memoryview(raw)[0]
-    return 0x90 <= first <= 0x9F or first in (0xDC, 0xDD)

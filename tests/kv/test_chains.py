@@ -204,8 +204,8 @@ def test_a_parent_of_many_short_lived_children_and_many_ghosts_do_not_make_it_gr
         chains.apply([BlocksStored([i], 0, [i] * SIZE), BlocksStored([-i], i, [i] * SIZE)])
         chains.apply([BlocksRemoved([i]), BlocksRemoved([-i])])
     assert len(chains) == 1
-    assert len(chains._next) < 2000  # pyright: ignore[reportPrivateUsage]
-    assert sum(map(len, chains._more.values())) < 2000  # pyright: ignore[reportPrivateUsage]
+    assert len(chains._blocks._next) < 2000  # pyright: ignore[reportPrivateUsage]
+    assert sum(map(len, chains._blocks._more.values())) < 2000  # pyright: ignore[reportPrivateUsage]
 
 
 def test_media_of_a_block_are_part_of_its_name():

@@ -43,6 +43,30 @@ static int number_from(Input *input, uint64_t *number)
     return 1;
 }
 
+/* By the first byte of a number: how many bytes it has, and how it is cut out of the first eight, by a shift to the left and one to the right. */
+typedef struct {
+    uint8_t size, left, right;
+} Shape;
+
+/* Numbers of one to five bytes, as nearly all tokens are, without a jump that depends on which they are: the processor could not foresee it.
+   Stops before anything else and before the last eight bytes. Returns how many it has read. */
+static int64_t quick_numbers(Input *input, uint64_t *numbers, int64_t count)
+{
+    static const Shape shapes[256] = {[0 ... 0x7f] = {1, 0, 56}, [0xcc] = {2, 8, 56}, [0xcd] = {3, 8, 48}, [0xce] = {5, 8, 32}};
+    const uint8_t *at = input->at;
+    int64_t done = 0;
+    for (; done < count && input->end - at >= 8; done++) {
+        const Shape shape = shapes[*at];
+        if (!shape.size) break;
+        uint64_t eight = 0;
+        for (unsigned i = 0; i < 8; i++) eight = eight << 8 | at[i]; /* one instruction, to compilers */
+        numbers[done] = eight << shape.left >> shape.right;
+        at += shape.size;
+    }
+    input->at = at;
+    return done;
+}
+
 /* How many elements the array has; -1 with an exception, when there is no array. */
 static int64_t count_from(Input *input)
 {
@@ -62,13 +86,13 @@ static PyObject *tokens_from(Input *input)
     PyObject *tokens = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)count * 8);
     if (!tokens) return NULL;
     char *out = PyBytes_AsString(tokens);
-    for (int64_t i = 0; i < count; i++, out += 8) {
+    for (int64_t i = quick_numbers(input, (uint64_t *)out, count); i < count; i++) {
         uint64_t number;
         if (!number_from(input, &number)) {
             Py_DECREF(tokens);
             return NULL;
         }
-        memcpy(out, &number, 8);
+        memcpy(out + 8 * i, &number, 8);
     }
     if (input->at == input->end) return tokens;
     Py_DECREF(tokens);
