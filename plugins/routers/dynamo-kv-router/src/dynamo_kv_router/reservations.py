@@ -92,7 +92,7 @@ class Reservations:
         An id that is in use is refused and not altered: what the gateway says of it later must mean one request.
 
         :raises IdInUse: it is. :raises AllBusy: by the queue, or too many reservations are open. :raises NoWorker: nobody can take it.
-        :raises Cancelled: the caller left.
+        :raises Unavailable: the worker left in this moment. :raises Cancelled: the caller left.
         """
         if asked.id in self._under_way:
             raise IdInUse(f"request {asked.id!r} is under way here; end it first, or choose another id", param="request_id")
