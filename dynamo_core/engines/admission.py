@@ -6,6 +6,9 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.errors import PromptTooLong, RequestError
 from dynamo_core.types import Request, Sampling
 
+MAX_CHOICES = 128
+"""Of one request: each takes memory and time before the first token, on every worker that the request moves to when one does not survive it."""
+
 
 def admit(request: Request, card: ModelCard) -> int:
     """Check a request against what the card promises, and return how many tokens may be generated from here on.
@@ -47,8 +50,8 @@ def _check_sampling(sampling: Sampling) -> None:
             raise RequestError(f"{name} must be from {low:g} to {high:g}: {value:g}", param=name)
     if sampling.top_k is not None and sampling.top_k < -1:
         raise RequestError(f"top_k must be -1 (off), 0 (off) or positive: {sampling.top_k}", param="top_k")
-    if sampling.n < 1:
-        raise RequestError(f"n must be at least 1: {sampling.n}", param="n")
+    if not 1 <= sampling.n <= MAX_CHOICES:
+        raise RequestError(f"n must be from 1 to {MAX_CHOICES}: {sampling.n}", param="n")
 
 
 def _check_promises(request: Request, card: ModelCard) -> None:

@@ -266,7 +266,7 @@ class Replicas:
             case Event(publisher, _, _, payload):
                 try:
                     model, role, items = _decoder.decode(payload)
-                except msgspec.MsgspecError as e:
+                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
                     log.debug("a message of %x is no bookings: %s", publisher, e)
                     return
                 for replica in self._of[component]:

@@ -89,7 +89,7 @@ class FleetWatch:
         try:
             into[names.tail(key)] = decoder.decode(value)
             self._bad.pop(key, None)
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             if key not in self._bad:
                 log.warning("record %s is not understood and left out: %s", key, e)
             self._bad[key] = str(e)

@@ -51,6 +51,7 @@ def test_a_prompt_that_fills_the_context_is_too_long() -> None:
         ({"sampling": Sampling(frequency_penalty=2.5)}, "frequency_penalty"),
         ({"sampling": Sampling(top_k=-2)}, "top_k"),
         ({"sampling": Sampling(n=0)}, "n"),
+        ({"sampling": Sampling(n=100_000_000)}, "n"),
         ({"stops": Stops(max_tokens=0)}, "max_tokens"),
         ({"stops": Stops(min_tokens=-1)}, "min_tokens"),
         ({"stops": Stops(max_tokens=3, min_tokens=4)}, "min_tokens"),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -14,10 +15,11 @@ from prometheus_client import CollectorRegistry
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Router, Use
 from dynamo_core.context import Context
+from dynamo_core.events.contract import Event
 from dynamo_core.kv import Hasher
 from dynamo_core.kv.prehashed import Prehashed
 from dynamo_core.pipeline.catalog import FleetCatalog
-from dynamo_core.pipeline.replicas import Replica
+from dynamo_core.pipeline.replicas import Replica, Replicas
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.decide import Part, Stack
 from dynamo_core.routing.facts import BOOKED_PREFILL_TOKENS, IN_FLIGHT
@@ -197,3 +199,9 @@ async def test_nonsense_of_another_frontend_breaks_nothing(item):
     found.heard(7, [item])
     assert all(len(request.token_ids) == 0 for request, *_ in found.router.open_here())
     assert not found.router.faults
+
+
+@pytest.mark.parametrize("payload", [b"\xc1", b"\x93\xa1\xff\xa1r\x90", b"\x93\xa1m\xa1r" + b"\x91" * 200_000, b"\x91"])
+async def test_a_message_that_is_no_bookings_at_all_does_not_end_the_subscription(payload):
+    replicas = Replicas(SimpleNamespace(id=1, on_new_lease=lambda again: None))  # type: ignore[arg-type]
+    replicas._take("backend", Event(2, 0, "dynamo/backend/bookings", payload))

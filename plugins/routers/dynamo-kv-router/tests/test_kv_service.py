@@ -102,6 +102,23 @@ async def test_names_that_mean_nothing_are_refused_and_so_is_a_prompt_that_does_
                     assert said in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("body", [b'{"token_ids": [1], "model": "\xff"}', b'{"token_ids": [1], "hints": {"a": ' + b"[" * 100_000, b"[" * 100_000, b"", b"null"])
+async def test_bodies_that_nobody_can_read_are_the_caller_s_fault(body):
+    async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
+        app = router_app(RouterService(cluster.catalog, cluster.registry, silence=60))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app, raise_app_exceptions=False), base_url="http://router") as client:
+            for path in ("/best_worker", "/generate", "/select"):
+                assert (await client.post(path, content=body)).status_code == 400
+
+
+async def test_a_body_that_is_too_large_is_refused_before_it_is_all_there(monkeypatch):
+    monkeypatch.setattr("dynamo_kv_router.web.LIMIT", 1000)
+    async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
+        app = router_app(RouterService(cluster.catalog, cluster.registry, silence=60))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
+            assert (await client.post("/best_worker", json={"token_ids": [65] * 1000})).status_code == 413
+
+
 async def test_tokens_that_no_vocabulary_has_are_the_caller_s_fault_and_nobody_else_s():
     async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
         service = RouterService(cluster.catalog, cluster.registry, silence=60)

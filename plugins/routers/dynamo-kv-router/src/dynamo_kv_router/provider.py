@@ -359,7 +359,7 @@ class KvIndex:
                         answer = await surroundings.call(source.instance, ENDPOINT, encode(source.ask()), timeout=ASK_TIMEOUT)
                     await self._take_in(source, answer)
                     delay = 0.2
-                except (DynamoError, TimeoutError, ValueError) as e:
+                except (DynamoError, TimeoutError, ValueError, RecursionError) as e:
                     source.whole = False
                     source.unanswered = f"its KV picture cannot be fetched: {e or 'no answer in time'}"
                     self._look(source)

@@ -205,5 +205,5 @@ def _worker(model: ServedModel, dispatcher: Dispatcher, worker: Worker) -> dict[
 def _read(payload: bytes, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(payload, type=kind)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise RequestError(f"this is no {kind.__name__.lower()}: {e}") from e

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from dynamo_core.context import Context
 from dynamo_core.ending import ended
 from dynamo_core.errors import DynamoError, RequestError
+from dynamo_core.frontend.body import read_body
 from dynamo_core.types import Hints, Output, Request, Sampling, Stops
 from dynamo_kv_router.reservations import Progress, Release
 from dynamo_kv_router.service import Question, RouterService
@@ -55,18 +56,18 @@ def router_app(service: RouterService) -> Starlette:
         return _json(service.dump())
 
     async def best_worker(http: HttpRequest) -> Response:
-        return _json(service.best_worker(_written(await http.body(), Question)))
+        return _json(service.best_worker(_written(await _body(http), Question)))
 
     async def overlap_scores(http: HttpRequest) -> Response:
-        return _json(service.overlap_scores(_written(await http.body(), Question)))
+        return _json(service.overlap_scores(_written(await _body(http), Question)))
 
     async def select(http: HttpRequest) -> Response:
-        question = _written(await http.body(), Question)
+        question = _written(await _body(http), Question)
         async with _while_there(http, Context(question.request_id)) as context:
             return _json(await service.select(question, context))
 
     async def progress(http: HttpRequest) -> Response:
-        word = _read(await http.body() or b"{}", Progress)
+        word = _read(await _body(http) or b"{}", Progress)
         service.progress(msgspec.structs.replace(word, request_id=http.path_params["id"]))
         return Response(status_code=204)
 
@@ -75,7 +76,7 @@ def router_app(service: RouterService) -> Starlette:
         return Response(status_code=204)
 
     async def generate(http: HttpRequest) -> Response:
-        request = _written(await http.body(), Request)
+        request = _written(await _body(http), Request)
         async with _while_there(http, Context(request.id)) as context:
             outputs = service.generate(request, context)
             first = await anext(outputs, ())
@@ -113,10 +114,19 @@ async def _while_there(http: HttpRequest, context: Context) -> AsyncGenerator[Co
 # -------------------------------------------------------------- what comes in
 
 
+LIMIT, PATIENCE = 32 * 2**20, 60.0
+"""Bytes of one body, and seconds for it to come."""
+
+
+async def _body(http: HttpRequest) -> bytes:
+    """:raises RequestError: it is too large, or too slow. :raises Cancelled: the client left."""
+    return bytes(await read_body(http.receive, limit=LIMIT, timeout=PATIENCE))
+
+
 def _read(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise RequestError(f"this is no {kind.__name__.lower()}: {e}") from e
 
 
