@@ -48,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"object": "list", "data": [{"id": name, "root": self.server.roots.get(name, name)} for name in self.server.models]})
         elif self.path == "/debug/decisions/req%2F1":
             self.answer(200, {"id": "req/1", "text": "request req/1 -> w1\n  * w1 2.10"})
+        elif self.path == "/debug/decisions/d-2":
+            self.answer(200, {"id": "d-2", "text": "request req/1 -> w2"})
         else:
             self.answer(404, {"error": {"message": "unknown"}})
 
@@ -101,6 +103,14 @@ def test_explain_prints_the_rendering(frontend: Frontend, capsys: pytest.Capture
     assert capsys.readouterr().out == "request req/1 -> w1\n  * w1 2.10\n"
     assert main(["explain", "req/1", "--url", frontend.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "req/1"
+
+
+def test_explain_takes_the_header_of_a_request_that_several_workers_served(frontend: Frontend, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "req/1,forgotten,d-2", "--url", frontend.url]) == 0
+    assert capsys.readouterr().out == "request req/1 -> w1\n  * w1 2.10\n\nrequest req/1 -> w2\n"
+    assert main(["explain", "req/1, d-2", "--url", frontend.url, "--json"]) == 0
+    assert [record["id"] for record in json.loads(capsys.readouterr().out)] == ["req/1", "d-2"]
+    assert main(["explain", "x,y", "--url", frontend.url]) == 1
 
 
 def test_explain_of_an_unknown_id_is_exit_1(frontend: Frontend, capsys: pytest.CaptureFixture[str]) -> None:
