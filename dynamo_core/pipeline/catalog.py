@@ -228,6 +228,7 @@ class FleetCatalog:
                 if member is None:
                     member = Member(instance, card)
                     model.add(member)
+                    self._feeds.add(model.dispatcher(card.role).router, instance.component)
                 await self._prove(instance)
             except Exception as e:
                 why = str(e) or "it did not answer in time"
@@ -275,7 +276,9 @@ class FleetCatalog:
         metrics = PipelineMetrics(self._families, card.name)
 
         def follow(router: Router) -> None:
-            self._feeds.add(router, instance.component)
+            served = self._models.get(card.name)
+            for component in {instance.component, *(member.instance.component for member in (served.members.values() if served else ()))}:
+                self._feeds.add(router, component)
             self._attachments.follow(router, instance.component)
             if self._replicas is not None:
                 self._replicas.follow(router, instance.component)

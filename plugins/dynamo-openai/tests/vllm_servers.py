@@ -24,7 +24,7 @@ _OPTIONS = {"served-model-name": "tiny", "host": "127.0.0.1", "max-model-len": 5
             "dtype": "float32", "distributed-executor-backend": "uni", "uvicorn-log-level": "warning", "scheduling-policy": "priority",
             "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}'}  # fmt: skip
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+                "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # fmt: skip
 
 
 @attrs.define(eq=False)
