@@ -27,7 +27,7 @@ from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.pipeline.migrate import TokenStream
 from dynamo_core.pipeline.places import Places
 from dynamo_core.preprocess.contract import Preprocessor
-from dynamo_core.preprocess.limits import check_token_ids, fit
+from dynamo_core.preprocess.limits import check_media, check_token_ids, fit
 from dynamo_core.routing.contract import Worker
 from dynamo_core.types import Instance, Request, TextOptions
 
@@ -193,6 +193,7 @@ class ServedModel:
         :param role: by workers of this role alone, whatever may be missing beside them.
         :raises RequestError: the request does not fit. :raises Unavailable: the model is not ready.
         """
+        check_media(self.card, request)
         request = self._places.applied(request)
         if role is not None:
             return TokenStream(request, self.card, context, self.dispatcher(role), self._migration, self._metrics)
@@ -244,6 +245,7 @@ class ServedModel:
     def _check(self, request: Request) -> None:
         """What must hold whoever built the request. :raises RequestError: the client's fault. :raises Unavailable: not ready."""
         check_token_ids(self.card, request.token_ids)
+        check_media(self.card, request)
         fit(self.card, len(request.token_ids), request.stops.max_tokens)
         if (missing := self.not_ready()) is not None:
             raise Unavailable(missing)

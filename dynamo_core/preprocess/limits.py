@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.errors import PromptTooLong, RequestError
+from dynamo_core.types import Request
 
 
 def fit(card: ModelCard, prompt_tokens: int, max_tokens: int | None) -> int:
@@ -35,3 +37,21 @@ def check_token_ids(card: ModelCard, token_ids: Sequence[int]) -> None:
         raise RequestError(f"token id {low} is negative", param="prompt")
     if card.vocab_size is not None and high >= card.vocab_size:
         raise RequestError(f"token id {high} is not in the vocabulary of {card.name}, which has {card.vocab_size} tokens", param="prompt")
+
+
+def check_media(card: ModelCard, request: Request) -> None:
+    """What is said of where images are is used to lay the prompt out, so that it must be near the truth.
+
+    :raises RequestError: an image begins outside of the prompt, or they are longer than the context.
+    """
+    total = 0
+    for item in request.media or ():
+        start, length, runs = item.get("start", 0), item.get("length", 1), item.get("runs") or ()
+        numbers: list[Any] = [start, length, *runs] if isinstance(runs, list | tuple) else [None]
+        if not all(type(number) is int and number >= 0 for number in numbers) or len(runs) % 2:
+            raise RequestError("an image has `start`, `length` and `runs` in whole numbers of tokens", param="media")
+        total += max(length, sum(runs[1::2]))
+        if start > len(request.token_ids):
+            raise RequestError(f"an image begins at token {start} of a prompt of {len(request.token_ids)}", param="media")
+        if total > card.context_length:
+            raise RequestError(f"the images have {total} tokens, and the model's context {card.context_length}", param="media")

@@ -249,7 +249,7 @@ class RouterQueue:
         ticket.key = self._key_of(ticket)
 
     def _key_of(self, ticket: Ticket) -> tuple[float, ...]:
-        priority = -float(ticket.request.hints.priority)
+        priority = -ticket.request.hints.priority
         if self._classes[ticket.of].order == "fcfs":
             return (priority, ticket.arrived)
         if ticket.uncached >= self._long:

@@ -285,3 +285,12 @@ def test_what_the_last_one_who_waited_was_promised_is_taken_back_when_he(how: st
         site.now += 6.0
         site.queue.release()
     assert promised == []
+
+
+def test_a_priority_beyond_all_numbers_goes_first_and_hurts_nobody():
+    site = Site()
+    first = site.submit("a")
+    site.submit("b", priority=3)
+    site.submit("c", priority=10**400)
+    site.prefilled(first)
+    assert site.went == ["a", "c"]

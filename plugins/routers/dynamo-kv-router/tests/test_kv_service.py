@@ -167,3 +167,15 @@ async def test_in_a_fleet_of_prefill_and_decode_workers_it_answers_for_those_tha
         request = Request(id="r", model=cluster.model.name, token_ids=prompt, stops=Stops(max_tokens=5))
         tokens = [token async for outputs in service.generate(request, Context("r")) for output in outputs for token in output.token_ids]
         assert len(tokens) == 5
+
+
+@pytest.mark.parametrize("item", [
+    {"digest": "d", "start": 0, "length": 10**12}, {"digest": "d", "start": 10**12, "length": 1}, {"digest": "d", "start": -10**12, "length": 1},
+    {"digest": "d", "start": 0, "runs": [5, 10**12]}, {"digest": "d", "start": "a"}, {"digest": "d", "start": 0, "runs": 7}, {"digest": "d", "start": 0, "runs": [5]},
+])
+async def test_an_image_that_is_nowhere_in_the_prompt_is_refused_before_anybody_lays_it_out(item):
+    async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv"))) as cluster:
+        service = RouterService(cluster.catalog, cluster.registry, silence=60)
+        request = Request(id="r", model=cluster.model.name, token_ids=[65] * 40, stops=Stops(max_tokens=1), media=[item])
+        with pytest.raises(RequestError, match="image"):
+            await anext(service.generate(request, Context("r")))
