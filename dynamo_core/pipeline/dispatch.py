@@ -9,7 +9,7 @@ import msgspec
 
 from dynamo_core.cards import Role
 from dynamo_core.context import Context
-from dynamo_core.errors import CannotConnect, Disconnected, DynamoError, EngineDead, StreamTimeout, WorkerDraining, WorkerOverloaded
+from dynamo_core.errors import CannotConnect, Disconnected, DynamoError, EngineDead, RequestError, StreamTimeout, WorkerDraining, WorkerOverloaded
 from dynamo_core.pipeline.places import Places, as_engines_see
 from dynamo_core.pipeline.waiting import QueueMetrics, WaitingRoom
 from dynamo_core.routing.bookings import Outcome
@@ -119,7 +119,7 @@ class Dispatcher:
             if request.hints.dp_rank != worker.dp_rank and (worker.dp_rank or request.hints.dp_rank is not None):
                 request = msgspec.structs.replace(request, hints=msgspec.structs.replace(request.hints, dp_rank=worker.dp_rank))
             channel = self._channels.ready(instance.address) or await self._channels.get(instance.address)
-            stream = channel.open(f"{instance.namespace}.{instance.component}.{names.GENERATE}", _encode(request), context)
+            stream = channel.open(f"{instance.namespace}.{instance.component}.{names.GENERATE}", _packed(request), context)
         except BaseException as e:
             booking.end("failed" if isinstance(e, DynamoError) else "cancelled")
             if isinstance(e, CannotConnect):
@@ -170,6 +170,14 @@ class Dispatcher:
                 self.router.inhibit(worker, self._inhibit_seconds, str(error))
             case _:
                 pass
+
+
+def _packed(request: Request) -> bytes:
+    """:raises RequestError: it holds a number that has no place on the wire."""
+    try:
+        return _encode(request)
+    except OverflowError as e:
+        raise RequestError(f"the request has a number that is too large to be sent: {e}") from e
 
 
 def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str | None = None, role: Role = "aggregated") -> RoutingRequest:

@@ -15,7 +15,7 @@ from dynamo_core.errors import RequestError
 from dynamo_core.pipeline.catalog import FleetCatalog
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.testing.cluster import Cluster
-from dynamo_core.types import Output, Request, Stops
+from dynamo_core.types import Hints, Output, Request, Stops
 from dynamo_kv_router.service import Question, RouterService
 from dynamo_kv_router.store import kind_of
 from dynamo_kv_router.web import router_app
@@ -179,3 +179,12 @@ async def test_an_image_that_is_nowhere_in_the_prompt_is_refused_before_anybody_
         request = Request(id="r", model=cluster.model.name, token_ids=[65] * 40, stops=Stops(max_tokens=1), media=[item])
         with pytest.raises(RequestError, match="image"):
             await anext(service.generate(request, Context("r")))
+
+
+async def test_a_number_that_cannot_be_sent_is_the_caller_s_fault_and_books_nothing():
+    async with Cluster.up(workers=1, engine="echo", router=Router(use=Use("kv-plus"))) as cluster:
+        service = RouterService(cluster.catalog, cluster.registry, silence=60)
+        request = Request(id="r", model=cluster.model.name, token_ids=[65] * 40, stops=Stops(max_tokens=1), hints=Hints(priority=10**400))
+        with pytest.raises(RequestError, match="too large to be sent"):
+            await anext(service.generate(request, Context("r")))
+        assert not cluster.model.dispatcher("aggregated").router.open_here()
