@@ -31,8 +31,8 @@ $(VENV)/.developing: $(VENV)/.installed
 	@touch $@
 
 # vLLM for CPU takes two gigabytes, so it has an environment of its own, made only when it is asked for.
-VLLM_EDITABLE := $(foreach p,. plugins/dynamo-vllm plugins/routers/dynamo-kv-router,-e ./$(p))
-$(VLLM)/.installed: $(VENV)/.installed plugins/dynamo-vllm/install-cpu.sh plugins/dynamo-vllm/pyproject.toml
+VLLM_EDITABLE := $(foreach p,. plugins/dynamo-vllm plugins/dynamo-openai plugins/routers/dynamo-kv-router,-e ./$(p))
+$(VLLM)/.installed: $(VENV)/.installed plugins/dynamo-vllm/install-cpu.sh plugins/dynamo-vllm/pyproject.toml plugins/dynamo-openai/pyproject.toml
 	@echo "making $(VLLM) with vLLM for CPU"
 	@test -x $(VLLM)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VLLM)
 	@plugins/dynamo-vllm/install-cpu.sh $(VLLM)/bin/python $(BIN)/uv
@@ -68,7 +68,7 @@ slow: servers kube-apiserver $(VENV)/.developing
 	$(call tests,2400,$(BIN)/python,-m slow,-n 2 --dist loadfile)
 
 slow-vllm: $(VLLM)/.installed
-	export OMP_NUM_THREADS=1; $(call tests,1200,$(VLLM)/bin/python,-m slow plugins/dynamo-vllm)
+	export OMP_NUM_THREADS=1; $(call tests,1200,$(VLLM)/bin/python,-m slow plugins/dynamo-vllm plugins/dynamo-openai)
 
 lint: $(VENV)/.developing
 	$(BIN)/ruff check .

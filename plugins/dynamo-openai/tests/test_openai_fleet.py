@@ -76,17 +76,17 @@ def dynamo(command: str, stack: Path, port: int) -> Fleet:
     return Fleet(f"http://127.0.0.1:{port}", process, lines)
 
 
-def stack_of(folder: Path, port: int, servers: Any, more: str = "") -> Path:
+def stack_of(folder: Path, port: int, servers: Any, *, policy: str, more: str = "") -> Path:
     workers = "\n".join(f'[[workers]]\nname = "gpu{server.number}"\nengine = {{ use = "openai", url = "{server.url}" }}\ncanary_interval = 1.0\n{more}\n' for server in servers.all)
     file = folder / "stack.toml"
-    file.write_text(f'[discovery]\nuse = "file"\npath = "{folder / "discovery"}"\n\n[frontend]\nport = {port}\n\n[router]\nuse = "kv-plus"\n\n{workers}')
+    file.write_text(f'[discovery]\nuse = "file"\npath = "{folder / "discovery"}"\n\n[frontend]\nport = {port}\n\n[router]\nuse = "{policy}"\n\n{workers}')
     return file
 
 
 @pytest.fixture(scope="module")
 def fleet(vllm_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     port = free_port()
-    found = dynamo("up", stack_of(tmp_path_factory.mktemp("fleet"), port, vllm_servers), port)
+    found = dynamo("up", stack_of(tmp_path_factory.mktemp("fleet"), port, vllm_servers, policy="kv"), port)
     try:
         found.wait(lambda: found.proven() == 2, "ready")
         yield found
@@ -138,15 +138,24 @@ def test_a_prompt_goes_where_it_went_before_and_vllm_has_what_the_router_predict
         assert decision["cached_tokens"] == 192
 
 
-def test_one_process_stands_before_both_servers(fleet: Fleet, vllm_servers: Any, tmp_path: Path) -> None:
+def test_one_process_stands_before_both_servers_and_knows_their_caches(fleet: Fleet, vllm_servers: Any, tmp_path: Path) -> None:
+    """With kv-plus, which also measures how fast servers are: on a busy machine it may leave a small cache unused, and knows of it all the same."""
     port = free_port()
-    alone = dynamo("frontend", stack_of(tmp_path, port, vllm_servers, "inside = true"), port)
+    alone = dynamo("frontend", stack_of(tmp_path, port, vllm_servers, policy="kv-plus", more="inside = true"), port)
     try:
         alone.wait(lambda: alone.proven() == 2, "ready")
-        prompt = ids(77, 200)
-        first = alone.complete(prompt)["dynamo"]["worker"]
-        alone.wait(lambda: alone.complete(prompt)["usage"]["prompt_tokens_details"]["cached_tokens"] == 192, "cached")
-        assert alone.complete(prompt)["dynamo"]["worker"] == first
+        for seed in range(70, 76):
+            prompt = ids(seed, 200)
+            for server in vllm_servers.all:  # both have it, and nobody else has told the router
+                httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": prompt, "max_tokens": 1}, timeout=PATIENCE).raise_for_status()
+
+            def known(prompt: list[int] = prompt) -> list[int]:
+                return alone.complete(prompt, dry_run=True)["record"]["columns"]["kv.overlap_tokens"]["values"]
+
+            alone.wait(lambda: known() == [192, 192], "known")
+            answer = alone.complete(prompt)
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
+            assert httpx.get(f"{alone.url}/debug/decisions/{answer['decision']}", timeout=10).json()["cached_tokens"] == 192
     finally:
         alone.end()
 
@@ -171,9 +180,8 @@ def test_requests_move_when_a_server_is_killed_and_it_is_used_again_when_it_is_b
     vllm_servers[1].start()
     vllm_servers[1].wait()
     fleet.wait(lambda: fleet.proven() == 2, "whole again")
-    record = fleet.complete(prompts[0], dry_run=True)["record"]
-    overlaps = dict(zip(record["workers"], record["columns"]["kv.overlap_tokens"]["values"], strict=True))
-    assert sorted(overlaps.values())[0] == 0, f"what the killed server had cached is forgotten: {overlaps}"
+    known = fleet.complete(prompts[0], dry_run=True)["record"]["columns"]["kv.overlap_tokens"]["values"]
+    assert min(known) == 0, f"what the killed server had cached is forgotten: {known}"
 
 
 def _running(page: str) -> float:
