@@ -126,7 +126,7 @@ class Reader:
 
     def _ready(self, outputs: dict[int, Output]) -> Sequence[Output]:
         """All but the very last one, until nothing can be added to it."""
-        if self._open > 0 or self._held is not None:
+        if self._open > 0 or self._held is not None or self.over:
             return [*outputs.values()]
         last = next(index for index, output in reversed(outputs.items()) if output.finish_reason is not None)
         self._held = outputs.pop(last)
