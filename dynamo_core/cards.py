@@ -7,13 +7,15 @@ record: they are artifacts, named by digest, that the worker serves over the req
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from dynamo_core.types import Sampling
 
 Role = Literal["aggregated", "prefill", "decode", "encode"]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Artifact(msgspec.Struct, frozen=True):
@@ -86,13 +88,13 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The model's recommended sampling, from its generation config."""
     default_max_tokens: int | None = None
 
-    block_size: int = 16
+    block_size: Positive = 16
     """Tokens in one KV block."""
-    total_blocks: int | None = None
-    max_sequences: int | None = None
-    max_batched_tokens: int | None = None
-    dp_size: int = 1
-    dp_start: int = 0
+    total_blocks: Natural | None = None
+    max_sequences: Natural | None = None
+    max_batched_tokens: Natural | None = None
+    dp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
+    dp_start: Natural = 0
     kv_events: bool = False
     """The worker publishes what its KV cache stores and removes."""
     capabilities: tuple[str, ...] = ()
