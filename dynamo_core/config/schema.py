@@ -294,7 +294,7 @@ class Router:
     queue: Queue | None = None
     """Hold requests back while no worker has room; a policy may bring a queue, which this table replaces."""
     seed: int = 0
-    """Of ties and chance: the same seed and the same requests give the same decisions."""
+    """Of ties and chance: the same seed and the same requests give the same decisions. Several processes of one frontend draw apart."""
     decisions: int = attrs.field(default=4096, validator=v.ge(0))
     """How many decision records to keep."""
     sync: bool = True

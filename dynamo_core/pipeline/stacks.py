@@ -14,6 +14,7 @@ from dynamo_core.config.schema import Router as RouterConfig
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.pipeline.observers import Watcher
 from dynamo_core.plugins import Plugins
+from dynamo_core.routing.contract import Dice
 from dynamo_core.routing.decide import Stack
 from dynamo_core.routing.recorder import Recorder
 from dynamo_core.routing.ring import Ring
@@ -43,8 +44,10 @@ class Stacks:
     """One for each frontend."""
 
     def __init__(self, config: RouterConfig, plugins: Plugins, ring: Ring, *, alone: bool = True) -> None:
-        """:param alone: no other process writes to the same record file. :raises ConfigError: some role's stack cannot start."""
+        """:param alone: no other process has this configuration, its record file and its seed. :raises ConfigError: some role's stack cannot start."""
         self.config = config
+        # Processes that draw alike would all break their ties for the same worker.
+        self._seed = config.seed if alone else Dice(config.seed << 32 ^ os.getpid()).below(2**31)
         self.generation = 1
         self._plugins = plugins
         self._ring = ring
@@ -58,7 +61,7 @@ class Stacks:
         """A router of its own for this model and role. :param follow: called with it now, and after every reload."""
         watcher = Watcher(metrics, self._plugins, self.recorder)
         stack = build_stack(self.config, self._plugins, role=role)
-        router = Router(model, stack, role=role, seed=self.config.seed, ring=self._ring, observer=watcher)
+        router = Router(model, stack, role=role, seed=self._seed, ring=self._ring, observer=watcher)
         router.generation = self.generation
         watcher.shadow_by(self._shadow(stack, self.config))
         self._routers.append((router, watcher, follow))

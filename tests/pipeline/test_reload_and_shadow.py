@@ -8,13 +8,19 @@ from pathlib import Path
 import attrs
 import pytest
 
+from dynamo_core.cards import ModelCard
 from dynamo_core.cli.commands import run
 from dynamo_core.config.schema import Router, Use
 from dynamo_core.errors import ConfigError
+from dynamo_core.pipeline.stacks import Stacks
 from dynamo_core.plugins import Plugins
+from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.record import Decision
+from dynamo_core.routing.ring import Ring
+from dynamo_core.routing.sources import Unobserved
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.testing.cluster import Cluster, read_all
+from dynamo_core.types import Instance
 
 
 async def ask(cluster: Cluster, count: int) -> None:
@@ -113,3 +119,18 @@ async def test_a_shadow_that_was_stopped_is_a_named_problem():
         ((name, why),) = cluster.catalog.problems().items()
         assert name == f"shadow stack of {cluster.model.name}/aggregated"
         assert why
+
+
+def test_frontend_processes_of_one_file_do_not_all_break_their_ties_for_the_same_worker(monkeypatch: pytest.MonkeyPatch):
+    def choices(pid: int, *, alone: bool) -> list[int]:
+        monkeypatch.setattr("os.getpid", lambda: pid)
+        config = Router(use=Use("random"))
+        router = Stacks(config, Plugins.load(), Ring(1), alone=alone).router("m", "aggregated", None, lambda _: None)  # type: ignore[arg-type]
+        router.observer = Unobserved()
+        for i in range(8):
+            router.joined(Worker(i), Instance(id=i, namespace="n", component="c", endpoint="e", address="a"), ModelCard(name="m"))
+            router.proven(Worker(i))
+        return [router.route(RoutingRequest(f"{n}", "m")).worker.instance for n in range(30)]  # type: ignore[union-attr]
+
+    assert choices(1, alone=True) == choices(2, alone=True)
+    assert choices(1, alone=False) != choices(2, alone=False)
