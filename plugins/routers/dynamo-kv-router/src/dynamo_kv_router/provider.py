@@ -338,10 +338,8 @@ class KvIndex:
             for source in list(self._sources.values()):
                 self._look(source)
             # Requests forget a little of what is too old; here goes what they left, as after a quiet hour.
-            left = True
-            while left:
-                left = self._recent.expire(self.clock())
-                await asyncio.sleep(0)
+            while await asyncio.sleep(0, self._recent.expire(self.clock())):
+                pass
             self.index.tidy(8)
 
     def _ask(self, source: Source) -> None:
