@@ -169,8 +169,10 @@ def test_requests_move_when_a_server_is_killed_and_it_is_used_again_when_it_is_b
 
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
         expected = [tokens for tokens, _ in pool.map(answer, prompts)]
+        time.sleep(0.5)  # until the server has counted them all
+        before = _generated(vllm_servers[1])
         answers = [pool.submit(answer, prompt) for prompt in prompts]
-        fleet.wait(lambda: "num_requests_running{" in (page := httpx.get(f"{vllm_servers[1].url}/metrics").text) and _running(page) > 0, "busy")
+        fleet.wait(lambda: _generated(vllm_servers[1]) > before, "busy")
         vllm_servers[1].kill()
         found = [future.result() for future in answers]
     assert [tokens for tokens, _ in found] == expected
@@ -184,5 +186,7 @@ def test_requests_move_when_a_server_is_killed_and_it_is_used_again_when_it_is_b
     assert min(known) == 0, f"what the killed server had cached is forgotten: {known}"
 
 
-def _running(page: str) -> float:
-    return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith("vllm:num_requests_running{"))
+def _generated(server: Any) -> float:
+    """Tokens so far."""
+    page = httpx.get(f"{server.url}/metrics", timeout=30).text
+    return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith("vllm:generation_tokens_total{"))

@@ -205,7 +205,8 @@ class WireServer:
             told.add(index)
             choice = {"index": index, "text": chr(97 + token % 26), "logprobs": _logprobs([best], body) if body.get("logprobs") is not None else None,
                       "finish_reason": reason, "stop_reason": stop_reason, "prompt_token_ids": None, "token_ids": None, **ids}  # fmt: skip
-            _event(writer, {**base, "choices": [choice]})
+            counted = (body.get("stream_options") or {}).get("include_usage")
+            _event(writer, {**base, "choices": [choice], **({} if reason is None or counted else {"system_fingerprint": "vllm-0.32.0-28d85aa3"})})
             await writer.drain()
             sent += 1
             if reason == "abort":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
 from urllib.parse import urlsplit
 
 import attrs
@@ -87,10 +86,8 @@ class OpenAIEngine:
         return Options(self.url, self.model, self.tokenizer, self.api_key, self.kv_events, self.kv_replay, self.block_size, self.total_blocks, self.dp_size,
                        self.context_length, self.connect_timeout)  # fmt: skip
 
-    async def generate(self, request: Request, context: Context) -> AsyncGenerator[Output, None]:
-        async with aclosing(self._alive().generate(request, context)) as outputs:
-            async for output in outputs:
-                yield output
+    def generate(self, request: Request, context: Context) -> AsyncGenerator[Output, None]:
+        return _nobody(self.url) if self._running is None else self._running.generate(request, context)
 
     def artifact(self, digest: str) -> bytes:
         running = self._running
@@ -100,7 +97,9 @@ class OpenAIEngine:
 
     async def probe(self) -> None:
         """One token of real work on each rank, in a cache of its own."""
-        await self._alive().probe()
+        if self._running is None:
+            raise EngineDead(f"the engine for {self.url} is not running")
+        await self._running.probe()
 
     def problems(self) -> Mapping[str, str]:
         return {} if self._running is None else self._running.problems()
@@ -110,10 +109,10 @@ class OpenAIEngine:
         if running is not None:
             await running.stop()
 
-    def _alive(self) -> Running:
-        if self._running is None:
-            raise EngineDead(f"the engine for {self.url} is not running")
-        return self._running
+
+async def _nobody(url: str) -> AsyncGenerator[Output, None]:
+    raise EngineDead(f"the engine for {url} is not running")
+    yield  # raises when it is read, as every stream does
 
 
 class _Progress:

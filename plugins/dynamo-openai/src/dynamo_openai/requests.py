@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 import attrs
 
@@ -40,28 +39,24 @@ class Requests:
             connection = await self.connections.post(_PATH, body, headers)
         except Lost as e:
             raise EngineDead(f"{self.url} does not answer: {e}") from e
+        reader = Reader(request, card)
         try:
             if connection.status != 200:
                 raise refusal(connection.status, await _all(connection, _LONGEST_ERROR))
-            async with aclosing(self._read(connection, Reader(request, card), streams=request.prompt_logprobs is None)) as outputs:
-                async for output in outputs:
+            if request.prompt_logprobs is not None:
+                for output in reader.whole(await _all(connection)):
+                    yield output
+                return
+            while data := await connection.read():
+                for output in reader.events(data):
+                    yield output
+            if not reader.over:
+                for output in reader.end({}):
                     yield output
         except Lost as e:
             raise EngineDead(f"{self.url} broke the stream: {e}") from e
         finally:
             self.connections.done(connection)
-
-    async def _read(self, connection: Connection, reader: Reader, *, streams: bool) -> AsyncGenerator[Output, None]:
-        if not streams:
-            for output in reader.whole(await _all(connection)):
-                yield output
-            return
-        while data := await connection.read():
-            for output in reader.events(data):
-                yield output
-        if not reader.over:
-            for output in reader.end({}):
-                yield output
 
 
 async def _all(connection: Connection, most: int | None = None) -> bytes:
