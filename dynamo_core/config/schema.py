@@ -293,8 +293,9 @@ class Router:
     """Options of fact providers; those that a stack needs are added by themselves."""
     queue: Queue | None = None
     """Hold requests back while no worker has room; a policy may bring a queue, which this table replaces."""
-    seed: int = 0
-    """Of ties and chance: the same seed and the same requests give the same decisions. Several processes of one frontend draw apart."""
+    seed: int | None = None
+    """Of ties and chance: the same seed and the same requests give the same decisions. Several processes of one frontend draw apart. Without one each process
+    draws its own, so that routers of one fleet do not all break ties for the same worker; records hold what was drawn, and replay exactly."""
     decisions: int = attrs.field(default=4096, validator=v.ge(0))
     """How many decision records to keep."""
     sync: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 
 import attrs
@@ -47,7 +48,10 @@ class Stacks:
         """:param alone: no other process has this configuration, its record file and its seed. :raises ConfigError: some role's stack cannot start."""
         self.config = config
         # Processes that draw alike would all break their ties for the same worker.
-        self._seed = config.seed if alone else Dice(config.seed << 32 ^ os.getpid()).below(2**31)
+        if config.seed is None:
+            self._seed = secrets.randbits(31)
+        else:
+            self._seed = config.seed if alone else Dice(config.seed << 32 ^ os.getpid()).below(2**31)
         self.generation = 1
         self._plugins = plugins
         self._ring = ring

@@ -32,6 +32,10 @@ from dynamo_core.types import Delta, Guided, Hints, Request, Sampling, Stops, Te
 _numbers = itertools.count()
 
 
+def _repeatable(router: Router) -> Router:
+    return router if router.seed is not None else attrs.evolve(router, seed=0)
+
+
 @attrs.define
 class Member:
     """One worker of the cluster and how to end it."""
@@ -66,7 +70,8 @@ class Cluster:
         use = engine if isinstance(engine, Use) else Use(engine, dict(options or {}))
         config = Config(
             discovery=discovery or Use("memory", {"name": name}), request_plane=request_plane or Use("in-process"),
-            event_plane=event_plane or Use("in-process", {"name": name}), router=router or Router(), migration=migration or Migration(wait=3.0, inhibit=0.3),
+            event_plane=event_plane or Use("in-process", {"name": name}), router=_repeatable(router or Router()),
+            migration=migration or Migration(wait=3.0, inhibit=0.3),
             lease_ttl=lease_ttl, around=tuple(around), workers=(WorkerSettings(engine=use, **dict(settings or {})),),
         )
         cluster = cls(config, plugins or Plugins.load())

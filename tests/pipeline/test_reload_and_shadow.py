@@ -31,7 +31,7 @@ async def ask(cluster: Cluster, count: int) -> None:
 async def test_a_reload_changes_the_stack_of_requests_to_come_and_every_record_says_its_generation():
     async with Cluster.up(workers=2, engine="echo", router=Router(use=Use("round-robin"))) as cluster:
         await ask(cluster, 2)
-        done = cluster.catalog.stacks.reload(attrs.evolve(cluster.config, router=Router(use=Use("least-loaded"), decisions=7), lease_ttl=9.0), cluster.config)
+        done = cluster.catalog.stacks.reload(attrs.evolve(cluster.config, router=Router(use=Use("least-loaded"), decisions=7, seed=0), lease_ttl=9.0), cluster.config)
         assert (done.generation, done.changed, done.needs_restart) == (2, True, ("router.decisions", "lease_ttl"))
         await ask(cluster, 2)
         assert [d.generation for d in cluster.catalog._ring] == [1, 1, 2, 2]
@@ -122,9 +122,9 @@ async def test_a_shadow_that_was_stopped_is_a_named_problem():
 
 
 def test_frontend_processes_of_one_file_do_not_all_break_their_ties_for_the_same_worker(monkeypatch: pytest.MonkeyPatch):
-    def choices(pid: int, *, alone: bool) -> list[int]:
+    def choices(pid: int, *, alone: bool, seed: int | None = 7) -> list[int]:
         monkeypatch.setattr("os.getpid", lambda: pid)
-        config = Router(use=Use("random"))
+        config = Router(use=Use("random"), seed=seed)
         router = Stacks(config, Plugins.load(), Ring(1), alone=alone).router("m", "aggregated", None, lambda _: None)  # type: ignore[arg-type]
         router.observer = Unobserved()
         for i in range(8):
@@ -134,3 +134,4 @@ def test_frontend_processes_of_one_file_do_not_all_break_their_ties_for_the_same
 
     assert choices(1, alone=True) == choices(2, alone=True)
     assert choices(1, alone=False) != choices(2, alone=False)
+    assert choices(1, alone=True, seed=None) != choices(1, alone=True, seed=None), "frontends of one fleet, each on a machine of its own"
