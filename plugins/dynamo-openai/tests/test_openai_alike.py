@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 async def wired(wire: Any) -> AsyncIterator[Any]:
-    async with wire.serving(kv_port=free_port()) as server:
+    async with wire.serving(kv=(free_port(), free_port())) as server:
         yield server
 
 

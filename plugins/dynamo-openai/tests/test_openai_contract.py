@@ -21,7 +21,7 @@ class TestInThisProcess(EngineContract):
     @pytest.fixture(scope="module")
     @classmethod
     def server(cls, wire: Any) -> Iterator[Any]:
-        with wire.apart(step=0.004, kv_port=free_port()) as server:
+        with wire.apart(step=0.004, kv=(free_port(), free_port())) as server:
             yield server
 
     @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -358,7 +358,7 @@ async def test_load_is_told_for_each_rank(wire: Any, make_engine: Callable[..., 
 
 async def test_kv_events_are_followed_without_a_word_from_the_operator_and_forgotten_with_the_server(wire: Any, make_engine: Callable[..., Any]) -> None:
     worker = Worker()
-    async with wire.serving(kv_port=free_port()) as server:
+    async with wire.serving(kv=(free_port(), free_port())) as server:
         engine = make_engine(server)
         card = await engine.start(worker.context)
         assert card.kv_events
@@ -379,7 +379,7 @@ async def test_kv_events_are_followed_without_a_word_from_the_operator_and_forgo
 
 
 async def test_kv_events_can_be_left_alone(wire: Any, make_engine: Callable[..., Any]) -> None:
-    async with wire.serving(kv_port=free_port()) as server:
+    async with wire.serving(kv=(free_port(), free_port())) as server:
         engine = make_engine(server, kv_events="off")
         assert not (await engine.start(EngineContext())).kv_events
         await engine.stop()

@@ -28,7 +28,7 @@ async def until(condition: Callable[[], Any], what: str) -> None:
 
 
 async def test_a_decision_knows_what_was_cached_although_the_server_tells_it_last(wire: Any, folder: Path) -> None:
-    async with wire.serving(kv_port=free_port()) as server, Cluster.up(workers=1, engine=use(server, folder)) as cluster:
+    async with wire.serving(kv=(free_port(), free_port())) as server, Cluster.up(workers=1, engine=use(server, folder)) as cluster:
         for expected in (0, 64):
             generation = await cluster.generate(PROMPT, max_tokens=6)
             assert len((await read_all(generation))[1]) == 6

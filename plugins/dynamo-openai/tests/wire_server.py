@@ -49,8 +49,8 @@ class WireServer:
     """--enable-prompt-tokens-details."""
     metrics: bool = True
     ranks: int = 1
-    kv_port: int | None = None
-    """Publishes KV events there, and replays one further on."""
+    kv: tuple[int, int] | None = None
+    """The ports on which it publishes KV events, and replays them."""
     trouble: dict[str, Any] | None = None
     """What goes wrong with completions: {status, body}, or {after: tokens} and one of `error`, `finish`, `cut`, `silence`."""
     seen: list[tuple[dict[str, str], dict[str, Any]]] = attrs.field(factory=list)
@@ -62,7 +62,7 @@ class WireServer:
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set)
     _cache: set[int] = attrs.field(factory=set)
-    _kv: KvPublisher | None = None
+    _publisher: KvPublisher | None = None
 
     @property
     def url(self) -> str:
@@ -71,8 +71,9 @@ class WireServer:
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
-        if self.kv_port is not None:
-            self._kv = KvPublisher(self.kv_port)
+        if self.kv is not None:
+            self._publisher = KvPublisher()
+            await self._publisher.listen(*self.kv)
 
     async def stop(self) -> None:
         """As if killed: every connection is reset, and the cache is lost."""
@@ -82,9 +83,9 @@ class WireServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._cache.clear()
-        if self._kv is not None:
-            await self._kv.close()
-            self._kv = None
+        if self._publisher is not None:
+            await self._publisher.close()
+            self._publisher = None
 
     # -------------------------------------------------------------- HTTP
 
@@ -136,9 +137,9 @@ class WireServer:
             yield {"id": name, **common, "root": f"/adapters/{name}", "parent": self.names[0], "max_model_len": None, "permission": [permission]}
 
     def _sources(self) -> dict[str, Any]:
-        if self.kv_port is None:
+        if self.kv is None:
             return {}
-        return {"0": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{self.kv_port}", "replay_endpoint": f"tcp://*:{self.kv_port + 1}",
+        return {"0": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{self.kv[0]}", "replay_endpoint": f"tcp://*:{self.kv[1]}",
                       "buffer_steps": 10000, "hwm": 100000, "max_queue_size": 100000, "topic": "kv-events"}}  # fmt: skip
 
     def _metrics(self) -> str:
@@ -282,10 +283,10 @@ class WireServer:
                 first = end - BLOCK if first is None else first
                 self._cache.add(block)
                 new.append(block)
-        if new and self._kv is not None:
+        if new and self._publisher is not None:
             salt = body.get("cache_salt")
             keys = [[salt] if salt and not first else None, *([None] * (len(new) - 1))]
-            self._kv.publish({"type": "BlockStored", "block_hashes": new, "parent_block_hash": parent, "token_ids": prompt[first : first + BLOCK * len(new)], "block_size": BLOCK,
+            self._publisher.publish({"type": "BlockStored", "block_hashes": new, "parent_block_hash": parent, "token_ids": prompt[first : first + BLOCK * len(new)], "block_size": BLOCK,
                               "lora_id": None, "medium": "GPU", "lora_name": body["model"] if body["model"] in self.adapters else None, "extra_keys": keys, "group_idx": 0,
                               "kv_cache_spec_kind": "full_attention"})  # fmt: skip
         return min(cached, len(prompt) - 1)
@@ -294,14 +295,22 @@ class WireServer:
 class KvPublisher:
     """vLLM's publisher: PUB with numbered batches, ROUTER with all of them again."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self) -> None:
         self._context = zmq.asyncio.Context()
         self._pub, self._router = self._context.socket(zmq.PUB), self._context.socket(zmq.ROUTER)
-        self._pub.bind(f"tcp://127.0.0.1:{port}")
-        self._router.bind(f"tcp://127.0.0.1:{port + 1}")
         self._kept: list[bytes] = []
         self._task = asyncio.create_task(self._replay())
         self._sending: set[asyncio.Future[Any]] = set()
+
+    async def listen(self, port: int, replay: int) -> None:
+        async with asyncio.timeout(20):
+            for socket, number in ((self._pub, port), (self._router, replay)):
+                while True:
+                    try:
+                        socket.bind(f"tcp://127.0.0.1:{number}")
+                        break
+                    except zmq.ZMQError:  # the one before lets go of it a moment after its end
+                        await asyncio.sleep(0.02)
 
     def publish(self, *events: dict[str, Any]) -> None:
         self._kept.append(msgspec.msgpack.encode((1.0, events, 0)))
