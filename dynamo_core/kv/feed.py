@@ -27,6 +27,8 @@ REPLAY_TIMEOUT = 5.0
 """Seconds of silence after which a replay counts as failed."""
 _QUIET = 1.0
 """Seconds without news after which the last news are made sure of: no later number tells that the end of a burst was lost."""
+_NUMBER = 8
+"""Bytes of a batch's number."""
 _TURN = 32
 """Batches of a replay that are taken in one turn of the event loop."""
 
@@ -56,6 +58,8 @@ class KvFeed:
         """The connection was lost, and what has come since is not made sure of yet."""
         self._unanswered = False
         """Of the last replay."""
+        self._strange = ""
+        """Why what came last was no KV events."""
         self._next = 0
         self._last = b""
         """The batch before `_next`."""
@@ -86,6 +90,8 @@ class KvFeed:
         """Why nothing may come; empty when all is well."""
         if not self._connected:
             return f"nobody publishes KV events at {self._endpoint}"
+        if self._strange:
+            return f"{self._endpoint} publishes something else than KV events: {self._strange}"
         return f"{self._replay_endpoint} does not replay KV events" if self._unanswered else ""
 
     # -------------------------------------------------------------- what comes
@@ -99,8 +105,10 @@ class KvFeed:
             self._cut = True
 
     def _receive(self, frames: list[bytes]) -> None:
-        if len(frames) != 3:
-            log.warning("%s publishes something else than KV events; it is left out", self._endpoint)
+        if len(frames) != 3 or len(frames[1]) != _NUMBER:
+            if not self._strange:
+                log.warning("%s publishes something else than KV events; it is left out", self._endpoint)
+            self._strange = f"messages are of {len(frames)} frames, or not numbered"
             return
         number, batch = int.from_bytes(frames[1], "big"), frames[2]
         if self._catching_up is None and number == self._next:
@@ -129,8 +137,10 @@ class KvFeed:
         try:
             events = self._events.read(batch)
         except (ValueError, TypeError, OverflowError) as e:
-            self._forget(f"batch {number} is not understood: {e}")
+            self._strange = f"batch {number} is not understood: {e}"
+            self._forget(self._strange)
             return
+        self._strange = ""
         if events:
             self._publish(events, self.rank)
 
@@ -156,6 +166,8 @@ class KvFeed:
                 sure = True
             except TimeoutError:
                 log.warning("the engine did not replay KV events of rank %d within %g s", self.rank, REPLAY_TIMEOUT)
+            except ValueError as e:
+                log.warning("%s does not replay KV events of rank %d: %s", self._replay_endpoint, self.rank, e)
             self._unanswered = not sure
         held, self._held = self._held, []
         self._catching_up = None
@@ -169,7 +181,10 @@ class KvFeed:
             self._take(number, batch)
 
     async def _replay(self, endpoint: str, cut: bool) -> None:
-        """:param cut: the connection was lost, so that only the batch that we had last proves that this is the same engine. :raises TimeoutError: no answer."""
+        """:param cut: the connection was lost, so that only the batch that we had last proves that this is the same engine.
+
+        :raises TimeoutError: no answer. :raises ValueError: something else.
+        """
         socket = zmq.asyncio.Context.shadow(self._context).socket(zmq.DEALER)
         try:
             socket.connect(endpoint)
@@ -198,7 +213,9 @@ class KvFeed:
 
 
 async def _answer(socket: zmq.asyncio.Socket) -> tuple[int, bytes] | None:
-    """One batch of a replay with its number; `None` at its end."""
-    *_, raw, batch = await socket.recv_multipart()
-    number = int.from_bytes(raw, "big", signed=True)
-    return None if number < 0 else (number, batch)
+    """One batch of a replay with its number; `None` at its end. :raises ValueError: it is no answer to a replay."""
+    frames = await socket.recv_multipart()
+    if len(frames) < 2 or len(frames[-2]) != _NUMBER:
+        raise ValueError("it answers with something else")
+    number = int.from_bytes(frames[-2], "big", signed=True)
+    return None if number < 0 else (number, frames[-1])

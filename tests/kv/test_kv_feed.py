@@ -277,3 +277,51 @@ async def test_what_is_no_batch_is_left_out(line: tuple[Publisher, KvFeed, Heard
     await publisher.pub.send_multipart([b"", b"nonsense"])
     await publisher.publish(stored(2))
     assert hashes(await heard.count(2)) == [[1], [2]]
+
+
+async def test_another_kind_of_publisher_is_named_and_stops_nothing(line: tuple[Publisher, KvFeed, Heard]) -> None:
+    publisher, feed, heard = line
+    await feed.open()
+    await publisher.publish(stored(1))
+    await heard.count(1)
+    await publisher.pub.send_multipart([b"kv\0", (2**100).to_bytes(16, "big"), b"an event of the zmq plane"])
+    await until(lambda: "something else than KV events" in feed.problem())
+    await publisher.publish(stored(2), lose=True)
+    await publisher.publish(stored(3))
+    assert hashes(await heard.count(3)) == [[1], [2], [3]]
+    assert feed.problem() == ""
+
+
+async def test_batches_that_nobody_understands_are_named(line: tuple[Publisher, KvFeed, Heard]) -> None:
+    publisher, feed, heard = line
+    await feed.open()
+    await publisher.publish({"type": "BlockStored", "block_hashes": "none"})
+    await until(lambda: "batch 0 is not understood" in feed.problem())
+    await publisher.publish(stored(2))
+    await until(lambda: [2] in hashes(heard))
+    assert feed.problem() == ""
+
+
+@pytest.mark.parametrize("answer", [[b"hello"], [b"", b"", b"5", b"batch"], [b"", b"", b"\xff" * 20, b"batch"]])
+async def test_what_answers_in_place_of_a_replay_is_named_and_the_feed_goes_on_without(tmp_path: Path, answer: list[bytes]) -> None:
+    endpoints, heard = line_of(tmp_path), Heard()
+    feed, context = KvFeed(0, endpoints, heard.hear), zmq.asyncio.Context()
+    pub, router = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
+    pub.bind(endpoints[0])
+    router.bind(endpoints[1])
+
+    async def serve() -> None:
+        while True:
+            client, *_ = await router.recv_multipart()
+            await router.send_multipart([client, *answer])
+
+    serving = asyncio.create_task(serve())
+    try:
+        await feed.open()
+        await until(lambda: "does not replay" in feed.problem())
+        await pub.send_multipart([b"", bytes(8), msgspec.msgpack.encode((1.0, [stored(1)], 0))])
+        await until(lambda: [1] in hashes(heard))
+    finally:
+        await ended(serving)
+        await feed.close()
+        context.destroy(linger=0)
