@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -383,32 +381,6 @@ async def test_kv_events_can_be_left_alone(wire: Any, make_engine: Callable[...,
         engine = make_engine(server, kv_events="off")
         assert not (await engine.start(EngineContext())).kv_events
         await engine.stop()
-
-
-# ------------------------------------------------------------------ tokenizers
-
-
-def test_a_template_file_and_a_list_of_ends_are_read(folder: Path, tmp_path: Path) -> None:
-    from dynamo_openai.tokenizer import read
-
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 258], "max_new_tokens": 99}))
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 512}))
-    texts = read(tmp_path)
-    assert (texts.chat_template, texts.default_max_tokens, texts.vocab_size) == ("{{ messages }}", 99, 512)
-    assert texts.eos_token_ids == tuple(dict.fromkeys((read(folder).eos_token_ids[0], 256, 258)))
-
-
-def test_a_folder_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
-    from dynamo_openai.tokenizer import read
-
-    with pytest.raises(ConfigError, match=r"cannot read .*tokenizer\.json: No such file"):
-        read(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is not the tokenizer of a model"):
-        read(tmp_path)
 
 
 async def test_the_card_survives_the_wire(wire: Any, make_engine: Callable[..., Any]) -> None:

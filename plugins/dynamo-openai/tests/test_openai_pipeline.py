@@ -36,6 +36,15 @@ async def test_a_decision_knows_what_was_cached_although_the_server_tells_it_las
             assert cluster.catalog.decision(generation.decisions[-1])["cached_tokens"] == expected
 
 
+async def test_a_block_size_that_is_not_the_servers_is_named(wire: Any, folder: Path) -> None:
+    async with wire.serving(kv=(free_port(), free_port())) as server:
+        options = {"url": server.url, "tokenizer": str(folder), "block_size": 8}
+        async with Cluster.up(workers=1, engine=Use("openai", options)) as cluster:
+            await read_all(await cluster.generate(PROMPT, max_tokens=2))
+            await until(lambda: "kv rank 0" in cluster.worker(0).problems(), "named")
+            assert "blocks of 16 tokens, and its card says 8" in cluster.worker(0).problems()["kv rank 0"]
+
+
 async def test_a_request_goes_on_token_for_token_when_its_server_is_lost_and_the_server_is_used_again_when_it_is_back(wire: Any, folder: Path) -> None:
     settings = {"canary_interval": 0.1}
     async with wire.serving(step=0.01) as one, wire.serving(step=0.01) as other, Cluster.up(workers=1, engine=use(one, folder), settings=settings) as cluster:

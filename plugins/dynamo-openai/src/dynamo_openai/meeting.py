@@ -51,6 +51,7 @@ class Met:
     connections: Connections
     requests: Requests
     model: Model
+    cache: Cache
     card: ModelCard
     """Of the base model."""
     tokenizer: bytes
@@ -83,7 +84,7 @@ async def meet(options: Options, context: EngineContext, phase: Callable[[str], 
         connections.close()
         await server.close()
         raise
-    return Met(server, connections, requests, model, card, texts.tokenizer, feeds)
+    return Met(server, connections, requests, model, cache, card, texts.tokenizer, feeds)
 
 
 async def _models(server: Server, phase: Callable[[str], None]) -> Sequence[Model]:
@@ -132,9 +133,7 @@ def of_rank(endpoint: str, rank: int) -> str:
     """vLLM publishes rank r on port + r."""
     if "{rank}" in endpoint:
         return endpoint.replace("{rank}", str(rank))
-    if (port := re.search(r":(\d+)$", endpoint)) is None:
-        return f"{endpoint}_dp{rank}" if rank else endpoint
-    return f"{endpoint[: port.start()]}:{int(port[1]) + rank}"
+    return re.sub(r":(\d+)$", lambda port: f":{int(port[1]) + rank}", endpoint)
 
 
 def _card(options: Options, model: Model, aliases: tuple[str, ...], texts: Texts, cache: Cache, ranks: int, events: bool, version: str) -> ModelCard:

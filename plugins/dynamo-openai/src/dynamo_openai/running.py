@@ -109,14 +109,14 @@ class Running:
 
     def _other(self, models: Sequence[Model], page: str) -> str | None:
         """What is not as it was when this worker started; `None` when all is."""
-        was, size = self._met.model, cache_of(page).block_size
+        was, size, before = self._met.model, cache_of(page).block_size, self._met.cache.block_size
         now = next((model for model in models if model.id == was.id), None)
         if now is None:
             return f"no longer serves {was.id!r}"
         if (now.root, now.max_model_len) != (was.root, was.max_model_len):
             return f"now serves {now.root!r} with {now.max_model_len} tokens and not {was.root!r} with {was.max_model_len}"
-        if size is not None and self.card.kv_events and size != self.card.block_size:
-            return f"now has {size} tokens in a KV block and not {self.card.block_size}"
+        if None not in (size, before) and size != before:
+            return f"now has {size} tokens in a KV block and not {before}"
         return None
 
     def _lost(self, why: str) -> None:
