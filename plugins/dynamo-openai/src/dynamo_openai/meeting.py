@@ -162,6 +162,7 @@ def _card(options: Options, model: Model, aliases: tuple[str, ...], texts: Texts
         kv_events=events,
         capabilities=_GENERATES,
         engine=f"vLLM {version} at {options.url}" if version else f"{model.owned_by or 'server'} at {options.url}",
+        runtime={"url": options.url},
     )
 
 
