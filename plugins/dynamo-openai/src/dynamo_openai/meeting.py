@@ -163,7 +163,6 @@ def _card(options: Options, model: Model, aliases: tuple[str, ...], texts: Texts
         capabilities=_GENERATES,
         engine=f"vLLM {version} at {options.url}" if version else f"{model.owned_by or 'server'} at {options.url}",
         runtime={"url": options.url},
-        runtime={"url": options.url},
     )
 
 
