@@ -65,6 +65,8 @@ class Worker:
         """What the engine reported of its KV cache before its card was there."""
         self._probe: asyncio.Task[None] | None = None
         self._canary: asyncio.Task[None] | None = None
+        self._returned = asyncio.Event()
+        """An engine that did not answer its canary offers something again: there is no need to wait for the next."""
         self._visible = False
         self._offered: tuple[ModelCard, ...] | None = None
         """What the engine says that it serves; `None`: the card that it started with."""
@@ -266,7 +268,10 @@ class Worker:
     async def _watch_engine(self) -> None:
         """Silence is probed; an engine that does not answer leaves discovery until it does."""
         while True:
-            await asyncio.sleep(self.settings.canary_interval)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.canary_interval):
+                    await self._returned.wait()
+            self._returned.clear()
             if self.admission.moved and self._problem is None:
                 self.admission.moved = False
                 continue
@@ -322,6 +327,8 @@ class Worker:
 
     def _set_offered(self, cards: tuple[ModelCard, ...]) -> None:
         self._offered = cards
+        if cards and self._problem is not None:
+            self._returned.set()
         if self._visible:
             task = asyncio.create_task(self._show(), name="show what is offered")
             self._updates.add(task)

@@ -170,6 +170,19 @@ async def test_a_canary_that_breaks_in_an_unknown_way_is_a_problem_and_not_the_e
         await it.until(it.visible)
 
 
+async def test_an_engine_that_offers_something_again_need_not_wait_for_its_next_canary() -> None:
+    async with bench() as it:
+        it.engine.context.offer(())
+        it.engine.broken = EngineDead("nobody is there")
+        await it.until(lambda: "engine" in it.worker.problems())
+        it.worker.settings = attrs.evolve(it.worker.settings, canary_interval=3600.0)
+        await asyncio.sleep(0.2)  # the last of the short intervals is over
+        it.engine.broken = None
+        it.engine.context.offer([it.worker.card])
+        await it.until(it.visible)
+        assert it.worker.problems() == {}
+
+
 async def test_requests_that_move_need_no_canary() -> None:
     async with bench(canary_interval=0.03) as it:
         assert len([output async for output in it.ask(40)]) == 40
