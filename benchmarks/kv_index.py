@@ -10,12 +10,13 @@ below 1 means that ours is cheaper. Without a Python that has ai-dynamo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Router as RouterConfig
 from dynamo_core.config.schema import Use
 from dynamo_core.engines.contract import BlocksRemoved, BlocksStored, KvEvent
-from dynamo_core.kv import Chains, Hasher
+from dynamo_core.kv import Chains, Hasher, hashing
 from dynamo_core.plugins import Plugins
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.routing.router import Router
@@ -62,6 +63,18 @@ class Peer:
 # ------------------------------------------------------------------ lookup
 
 
+@contextlib.contextmanager
+def parts(store: Choice) -> Generator[None]:
+    """Names blocks by the parts that go with a store: without `dynamo-kv-native`, those are plain, too."""
+    compiled = hashing.name_blocks
+    if store == "python":
+        hashing.name_blocks = None
+    try:
+        yield
+    finally:
+        hashing.name_blocks = compiled
+
+
 def lookup(store: Choice, workers: int, blocks: int, kind: str) -> float:
     """From tokens to the depth of each worker, in microseconds."""
     index, hasher, prompt = Index(store=store), Hasher(SECRET, BLOCK), tokens(1, blocks)
@@ -85,7 +98,8 @@ def lookups(peer: Peer | None, stores: Sequence[Choice], quick: bool) -> None:
                 ours, theirs = dict.fromkeys(stores, float("inf")), float("inf")
                 for _ in range(2):
                     for store in stores:
-                        ours[store] = min(ours[store], lookup(store, workers, blocks, kind))
+                        with parts(store):
+                            ours[store] = min(ours[store], lookup(store, workers, blocks, kind))
                     if peer is not None:
                         theirs = min(theirs, peer("lookup", workers=workers, blocks=blocks, kind=kind))
                 cells.append(f"{compared(ours.values(), theirs, 1):>30}")
@@ -145,7 +159,8 @@ def changes(peer: Peer | None, stores: Sequence[Choice], quick: bool) -> None:
         theirs: list[dict[str, float]] = []
         for _ in range(3):
             for store in stores:
-                ours[store].append(change(store, blocks, total, 64))
+                with parts(store):
+                    ours[store].append(change(store, blocks, total, 64))
             if peer is not None:
                 theirs.append(peer("change", blocks=blocks, total=total, workers=64))
         cells: list[str] = []
@@ -234,7 +249,8 @@ def main() -> None:
     stores: Sequence[Choice] = (arguments.store,) if arguments.store else ("python", "native") if kind_of("auto").name == "native" else ("python",)
     if wanted in (None, "decisions"):
         for store in stores:
-            decisions(store)
+            with parts(store):
+                decisions(store)
     if wanted in (None, "lookups"):
         lookups(peer, stores, arguments.quick)
     if wanted in (None, "changes"):

@@ -28,6 +28,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Config, Kv, Secret, Use
 from dynamo_core.config.schema import Router as RouterConfig
 from dynamo_core.engines.contract import BlocksStored
+from dynamo_core.kv import engine_events, hashing
 from dynamo_core.kv.feed import KvFeed
 from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.surroundings import Attachments
@@ -62,6 +63,13 @@ def settled(pid: int) -> float:
         if (now := cpu(pid)) - last > 0.011:
             last, since = now, time.monotonic()
     return last
+
+
+def idling(pid: int) -> float:
+    """CPU seconds a second of a process that has nothing to do."""
+    before, began = settled(pid), time.monotonic()
+    time.sleep(3.0)
+    return (cpu(pid) - before) / (time.monotonic() - began)
 
 
 def events(blocks: int, size: int) -> list[tuple[int, BlocksStored]]:
@@ -102,9 +110,11 @@ def over_zmq(command: Sequence[str], blocks: int, size: int) -> float:
     process = subprocess.Popen([part.format(addresses=named) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         time.sleep(4.0)
-        before = settled(process.pid)
+        idle = idling(process.pid)
+        before, began = cpu(process.pid), time.monotonic()
         publish(sockets, payloads)
-        return (settled(process.pid) - before) / blocks * 1e9
+        after = settled(process.pid)
+        return (after - before - idle * (time.monotonic() - began)) / blocks * 1e9
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -167,6 +177,9 @@ async def _relaying(runtime: Runtime, size: int) -> AsyncGenerator[KvRelay]:
 def consume(how: str, where: str, size: int, store: Choice) -> None:
     import uvloop
 
+    if store == "python":
+        # A process without `dynamo-kv-native`.
+        hashing.name_blocks, engine_events.read_tokens = None, engine_events.plain_tokens
     uvloop.run((_raw if how == "raw" else _edge)(where, size, store))
 
 
@@ -178,10 +191,7 @@ async def _relay(blocks: int, size: int, store: Choice) -> tuple[float, float]:
             process = subprocess.Popen([sys.executable, "-m", "benchmarks.kv_index_pipe", "edge", folder, str(size), store])
             try:
                 await asyncio.sleep(4.0)
-                before = await asyncio.to_thread(settled, process.pid)
-                pulses, quiet = time.monotonic(), cpu(process.pid)
-                await asyncio.sleep(3.0)
-                idle = (cpu(process.pid) - quiet) / (time.monotonic() - pulses)
+                idle = await asyncio.to_thread(idling, process.pid)
                 before, began, own = cpu(process.pid), time.monotonic(), time.process_time()
                 for i, (worker, event) in enumerate(stream):
                     relay.reported([event], worker)

@@ -25,6 +25,12 @@ import numpy as np
 
 from dynamo_core.kv.prehashed import Keys, Prehashed
 
+try:
+    from dynamo_kv_native import name_blocks
+except ImportError:
+    name_blocks = None
+    """The same, compiled. Blocks with content are named here."""
+
 Content = Sequence[tuple[int, int]]
 """`(block, digest)`: what a block holds besides tokens, such as the image behind placeholder tokens."""
 
@@ -73,6 +79,9 @@ class Hasher:
         width = self.block_size
         if type(token_ids) is Prehashed:
             return token_ids.keys_of(width)
+        if name_blocks is not None and not content:
+            tokens = array("Q", token_ids) if type(token_ids) is list else np.ascontiguousarray(token_ids, _U)
+            return np.frombuffer(keys, _U) if (keys := name_blocks(tokens, self._per_token, self._per_depth, parent)) else _EMPTY
         tokens = np.frombuffer(array("Q", token_ids), _U) if type(token_ids) is list else np.asarray(token_ids, _U)
         start = _swapped(parent) if parent else 0
         depth = start & MAX_DEPTH

@@ -5,10 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_core.kv import hashing
 from dynamo_core.kv.hashing import MAX_DEPTH, Hasher, content_of, depth_of, digest_of
 
 HASHER = Hasher(b"secret", 4)
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=200)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=100), st.integers(1, 20), st.integers(0, 2**64 - 1), st.booleans())
+def test_the_compiled_names_are_the_plain_ones(ids: list[int], width: int, parent: int, root: bool):
+    if hashing.name_blocks is None:
+        pytest.skip("dynamo-kv-native was not compiled")
+    hasher, parent = Hasher(b"secret", width), 0 if root else parent
+    compiled = hasher.keys(ids, parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing, "name_blocks", None)
+        assert hasher.keys(ids, parent).tolist() == compiled.tolist()
 
 
 @given(tokens, st.integers(0, 60))

@@ -13,7 +13,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1]
 ROUTER = FOLDER.parent / "dynamo-kv-router" / "tests"
-EVENTS = FOLDER.parents[2] / "tests" / "kv" / "test_engine_events.py"
+EVENTS = [FOLDER.parents[2] / "tests" / "kv" / name for name in ("test_engine_events.py", "test_hashing.py")]
 CHECKS = ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 MACROS = ["-DPy_LIMITED_API=0x030B0000", "-DPY_SSIZE_T_CLEAN=1"]
 RUN = """
@@ -38,7 +38,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory):
     shutil.copytree(FOLDER / "src" / "dynamo_kv_native", where / "dynamo_kv_native", ignore=shutil.ignore_patterns("*.so"))
     package = where / "dynamo_kv_native"
     command = ["gcc", *CHECKS, *MACROS, "-std=c11", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}"]
-    for part in ("_store", "_tokens"):
+    for part in ("_store", "_tokens", "_names"):
         built = subprocess.run([*command, str(package / f"{part}.c"), "-o", str(package / f"{part}.abi3.so")], capture_output=True, text=True, timeout=120)
         if "fatal error: Python.h" in built.stderr:
             pytest.skip("Python.h is not here")
@@ -55,7 +55,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.slow
 def test_all_tests_pass_under_the_sanitizers(sanitized) -> None:
-    ran = sanitized(RUN, str(sanitized.where), str(FOLDER / "tests"), str(ROUTER / "test_kv_store.py"), str(EVENTS))
+    ran = sanitized(RUN, str(sanitized.where), str(FOLDER / "tests"), str(ROUTER / "test_kv_store.py"), *map(str, EVENTS))
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
 
 
