@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_core.cards import ModelCard
-from dynamo_core.errors import EngineFailed
+from dynamo_core.errors import EngineDead, EngineFailed
 from dynamo_core.types import Output, Request, Sampling
-from dynamo_openai.answers import Reader
+from dynamo_openai.answers import Reader, refusal
 from dynamo_openai.connection import Connections, Lost
+from dynamo_openai.requests import Requests
+from dynamo_openai.server import loads_of
 
 CARD = ModelCard(name="m", eos_token_ids=(0, 3))
 
@@ -62,10 +64,29 @@ def test_an_answer_that_stops_short_is_a_failure() -> None:
         reader().events(b"data: " + json.dumps(choice(0, [5])).encode() + b"\n\ndata: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("event", [b"data: {]\n\n", b'data: {"choices": [{"token_ids": ["a"]}]}\n\n', b"data: \xff\n\n"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"data: {]\n\n", b'data: {"choices": [{"token_ids": ["a"]}]}\n\n', b"data: \xff\n\n", b'data: {"error": "\xff"}\n\n',
+        b'data: {"error": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n", b'data: {"choices": [{"token_ids": [-1]}]}\n\n',
+        b'data: {"choices": [{"token_ids": [%d]}]}\n\n' % 2**70,
+    ],
+)  # fmt: skip
 def test_nonsense_is_a_failure(event: bytes) -> None:
     with pytest.raises(EngineFailed, match="not understood"):
         reader().events(event)
+
+
+def test_an_event_without_an_end_is_given_up() -> None:
+    read = reader()
+    with pytest.raises(EngineFailed, match="more than 8 MB"):
+        for _ in range(200):
+            read.events(b"data: " + b"x" * 65536)
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"detail": "\xff"}'])
+def test_a_refusal_may_be_any_nonsense(body: bytes) -> None:
+    assert isinstance(refusal(500, body), EngineFailed)
 
 
 # ------------------------------------------------------------------ connections
@@ -153,3 +174,40 @@ async def test_a_reader_who_does_not_read_holds_the_server_back() -> None:
         assert body == 800 * 65536
         connections.done(connection)
         connections.close()
+
+
+async def asked(body: bytes, end: bytes) -> list[Output]:
+    """What becomes of one request whose answer is that body, cut at its end or not."""
+    raw = OK + b"%x\r\n" % len(body) + body + b"\r\n" + end
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(raw)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        connections = to(server)
+        try:
+            async with asyncio.timeout(20):
+                return [output async for output in Requests(connections, "http://there", "m").generate(Request(id="r", model="m", token_ids=[1]), CARD, 5)]
+        finally:
+            connections.close()
+
+
+async def test_an_answer_that_has_said_that_it_is_done_is_whole_however_its_connection_ends() -> None:
+    body = b"data: " + json.dumps(choice(0, [5], "length")).encode() + b"\n\ndata: [DONE]\n\n"
+    assert [output.token_ids for output in await asked(body, b"")] == [[5]]
+
+
+async def test_an_answer_that_ends_in_order_in_its_middle_is_a_broken_stream_and_may_move() -> None:
+    with pytest.raises(EngineDead, match="ended in the middle"):
+        await asked(b"data: " + json.dumps(choice(0, [5])).encode() + b"\n\n", b"0\r\n\r\n")
+
+
+# ------------------------------------------------------------------ metrics
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-", "1.0.0"])
+def test_a_metric_that_is_no_number_counts_as_nothing(value: str) -> None:
+    (load,) = loads_of(f'vllm:num_requests_running{{engine="0"}} {value}\nvllm:num_requests_waiting{{engine="0"}} 3.0\n', 100)
+    assert (load.running, load.waiting) == (0, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +31,12 @@ class Worker:
     events: list[KvEvent] = attrs.field(factory=list)
     loads: list[Load] = attrs.field(factory=list)
     phases: list[str] = attrs.field(factory=list)
+    deaths: list[str] = attrs.field(factory=list)
 
     @property
     def context(self) -> EngineContext:
         return EngineContext(offer=lambda cards: self.offers.append(list(cards)), kv_events=lambda events, rank: self.events.extend(events), load=self.loads.append,
-                             progress=lambda phase, fraction: self.phases.append(phase))  # fmt: skip
+                             progress=lambda phase, fraction: self.phases.append(phase), died=self.deaths.append)  # fmt: skip
 
 
 def request(tokens: int = 5, prompt: list[int] | None = None, **more: Any) -> Request:
@@ -87,6 +89,17 @@ async def test_a_server_that_is_not_up_yet_is_waited_for(wire: Any, make_engine:
     await server.start()
     assert (await asyncio.wait_for(starting, 20)).name == "wire"
     await server.stop()
+
+
+async def test_a_server_that_is_full_when_its_worker_starts_is_waited_for(wire: Any, make_engine: Callable[..., Any]) -> None:
+    worker = Worker()
+    async with wire.serving(trouble={"status": 503, "body": "busy"}) as server:
+        engine = make_engine(server)
+        starting = asyncio.create_task(engine.start(worker.context))
+        await until(lambda: any("at capacity: busy" in phase for phase in worker.phases), "told why")
+        server.trouble = None
+        assert (await asyncio.wait_for(starting, 20)).name == "wire"
+        await engine.stop()
 
 
 async def test_a_key_is_sent_and_a_wrong_one_is_told_to_the_operator(wire: Any, make_engine: Callable[..., Any]) -> None:
@@ -313,17 +326,39 @@ async def test_a_probe_finds_the_server_before_the_next_look(wire: Any, make_eng
         await engine.stop()
 
 
-async def test_a_server_that_returns_with_another_model_is_not_used(wire: Any, make_engine: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"max_model_len": 64}, "now serves '/models/wire' with 64 tokens"), ({"root": "/models/other"}, "now serves '/models/other'"), ({"names": ["other"]}, "no longer serves 'wire'")],
+)
+async def test_a_server_that_returns_as_another_one_ends_its_worker_so_that_the_next_meets_it_anew(
+    wire: Any, make_engine: Callable[..., Any], change: dict[str, Any], said: str
+) -> None:
+    worker = Worker()
     async with wire.serving() as server:
         engine = make_engine(server)
-        await engine.start(EngineContext())
+        await engine.start(worker.context)
         await server.stop()
         await until(engine.problems, "lost")
-        server.max_model_len = 64
+        for name, value in change.items():
+            setattr(server, name, value)
         await server.start()
-        await until(lambda: "now serves '/models/wire' with 64 tokens" in engine.problems()["server"], "told apart")
-        with pytest.raises(EngineDead, match="restart this worker"):
+        await until(lambda: worker.deaths, "told apart")
+        assert said in worker.deaths[0]
+        with pytest.raises(EngineDead, match=re.escape(said)):
             await ask(engine, request())
+        await engine.stop()
+
+
+async def test_a_model_that_the_operator_named_is_waited_for(wire: Any, make_engine: Callable[..., Any]) -> None:
+    worker = Worker()
+    async with wire.serving(names=["wire", "other"]) as server:
+        engine = make_engine(server, model="wire")
+        await engine.start(worker.context)
+        server.names.remove("wire")
+        await until(lambda: "no longer serves 'wire'" in engine.problems().get("server", ""), "missed")
+        server.names.append("wire")
+        await until(lambda: not engine.problems(), "found")
+        assert not worker.deaths
         await engine.stop()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -13,7 +13,13 @@ from dynamo_core.errors import DynamoError, EngineDead, EngineFailed, RequestErr
 from dynamo_core.types import Output, Request, TokenLogprob
 
 _TOKEN = "token_id:"
+_LONGEST = 8 << 20
+"""Bytes of one event."""
+_NONSENSE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _DEAD = re.compile(r"EngineDead|EngineCore", re.IGNORECASE)
+
+
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
 class _Logprobs(msgspec.Struct, gc=False):
@@ -28,7 +34,7 @@ class _PromptLogprob(msgspec.Struct, gc=False):
 
 class _Choice(msgspec.Struct, gc=False):
     index: int = 0
-    token_ids: list[int] | None = None
+    token_ids: list[_Token] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: _Logprobs | None = None
@@ -69,9 +75,16 @@ class Reader:
         """The last output: how much was cached is told after it."""
         self._rest = b""
 
+    @property
+    def unfinished(self) -> bool:
+        """A choice has not ended."""
+        return self._open > 0
+
     def events(self, data: bytes) -> Sequence[Output]:
         """Of a part of an event stream. :raises DynamoError: the server gave the request up."""
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST:
+            raise EngineFailed(f"the server's answer has an event of more than {_LONGEST >> 20} MB")
         outputs: dict[int, Output] = {}
         for line in lines:
             if not line.startswith(b"data:"):
@@ -91,7 +104,7 @@ class Reader:
     def _take(self, event: bytes, outputs: dict[int, Output]) -> None:
         try:
             chunk = _decode(event)
-        except msgspec.MsgspecError as e:
+        except _NONSENSE as e:
             raise EngineFailed(f"the server's answer is not understood: {e}") from e
         if chunk.error is not None:
             raise refusal(0, event)
@@ -134,7 +147,7 @@ class Reader:
 
     def end(self, outputs: dict[int, Output]) -> Sequence[Output]:
         """What is left when nothing more is to come. :raises EngineFailed: a choice has not ended."""
-        if self._open > 0:
+        if self.unfinished:
             raise EngineFailed("the server ended its answer without a finish reason")
         self.over = True
         found = [*outputs.values()]
@@ -197,7 +210,7 @@ def _said(body: bytes) -> tuple[str, int, str | None]:
     """Message, code and parameter of an error in OpenAI's shape, or in any other."""
     try:
         found: Any = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
+    except _NONSENSE:
         return body.decode("utf-8", "replace").strip() or "no reason given", 0, None
     error: Any = found.get("error", found) if isinstance(found, dict) else found
     if not isinstance(error, dict):

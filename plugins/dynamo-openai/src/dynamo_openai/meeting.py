@@ -51,6 +51,8 @@ class Met:
     connections: Connections
     requests: Requests
     model: Model
+    named: bool
+    """By the operator; otherwise it was the only one."""
     cache: Cache
     card: ModelCard
     """Of the base model."""
@@ -74,7 +76,7 @@ async def meet(options: Options, context: EngineContext, phase: Callable[[str], 
         card = _card(options, model, aliases, texts, cache, ranks, bool(sources), await server.version())
         phase("ask for a token")
         requests = Requests(connections, options.url, model.id)
-        await _prove(requests, card, options.url)
+        await _prove(requests, card, options.url, phase)
         feeds = [KvFeed(rank, endpoints, context.kv_events) for rank, endpoints in sources.items()]
         for feed in feeds:
             await feed.open()
@@ -84,7 +86,7 @@ async def meet(options: Options, context: EngineContext, phase: Callable[[str], 
         connections.close()
         await server.close()
         raise
-    return Met(server, connections, requests, model, cache, card, texts.tokenizer, feeds)
+    return Met(server, connections, requests, model, options.model is not None, cache, card, texts.tokenizer, feeds)
 
 
 async def _models(server: Server, phase: Callable[[str], None]) -> Sequence[Model]:
@@ -175,24 +177,29 @@ def one_token(rank: int | None = None, priority: int = 0) -> Request:
     return Request(id=CANARY, model="", token_ids=[0], cache_salt=CANARY, sampling=Sampling(temperature=0.0), stops=stops, hints=hints)
 
 
-async def _prove(requests: Requests, card: ModelCard, url: str) -> None:
+async def _prove(requests: Requests, card: ModelCard, url: str, phase: Callable[[str], None]) -> None:
     """One token, with a priority if the server has such. :raises ConfigError: none came, or its id did not."""
     try:
         try:
-            outputs = await _asked(requests, card, one_token(priority=1))
+            outputs = await _asked(requests, card, one_token(priority=1), phase)
         except RequestError:  # vLLM refuses priorities where its scheduler knows none
             requests.priorities = False
-            outputs = await _asked(requests, card, one_token())
+            outputs = await _asked(requests, card, one_token(), phase)
     except (RequestError, EngineFailed) as e:
         raise ConfigError(Problem(f"{url} does not generate from tokens: {e}", remedy=f"`return_token_ids` of /v1/completions is needed: {_NO_TOKENS}")) from e
-    except (EngineDead, WorkerOverloaded) as e:
+    except EngineDead as e:
         raise ConfigError(Problem(f"{url} lists its models and does not generate: {e}")) from e
     if not any(output.token_ids for output in outputs):
         raise ConfigError(Problem(f"{url} answers with text and not with token ids", remedy=f"`return_token_ids` of /v1/completions is needed: {_NO_TOKENS}"))
 
 
-async def _asked(requests: Requests, card: ModelCard, request: Request) -> list[Output]:
-    """:raises DynamoError: it was refused."""
-    return [output async for output in requests.generate(request, card, 1)]
+async def _asked(requests: Requests, card: ModelCard, request: Request, phase: Callable[[str], None]) -> list[Output]:
+    """What comes as soon as the server has room. :raises DynamoError: it was refused."""
+    while True:
+        try:
+            return [output async for output in requests.generate(request, card, 1)]
+        except WorkerOverloaded as e:
+            phase(f"wait for {requests.url} ({e})")
+            await asyncio.sleep(_AGAIN)
 
 

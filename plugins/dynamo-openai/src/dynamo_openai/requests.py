@@ -50,11 +50,14 @@ class Requests:
             while data := await connection.read():
                 for output in reader.events(data):
                     yield output
+            if reader.unfinished:
+                raise Lost("it ended in the middle")
             if not reader.over:
                 for output in reader.end({}):
                     yield output
         except Lost as e:
-            raise EngineDead(f"{self.url} broke the stream: {e}") from e
+            if not reader.over:
+                raise EngineDead(f"{self.url} broke the stream: {e}") from e
         finally:
             self.connections.done(connection)
 

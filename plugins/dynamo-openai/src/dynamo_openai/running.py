@@ -100,8 +100,12 @@ class Running:
             except (Unreachable, ConfigError) as e:
                 self._lost(f"{self._met.server.url} does not answer: {e}")
                 return
+            if all(model.id != self._met.model.id for model in models) and self._met.named:
+                self._lost(f"{self._met.server.url} no longer serves {self._met.model.id!r}")
+                return
             if (other := self._other(models, page)) is not None:
-                self._lost(f"{self._met.server.url} {other}; restart this worker")
+                self._lost(f"{self._met.server.url} {other}")
+                self._context.died(self._gone or other)  # the worker that comes after this one meets it as it is now
                 return
             self._there(tuple(model.id for model in models if model.parent == self._met.model.id))
             for load in loads_of(page, self.card.total_blocks or 0):
@@ -121,7 +125,7 @@ class Running:
 
     def _lost(self, why: str) -> None:
         if self._gone is None:
-            log.warning("%s: this worker leaves discovery until it does", why)
+            log.warning("%s: this worker leaves discovery", why)
             self._context.offer(())
         self._gone = why
 

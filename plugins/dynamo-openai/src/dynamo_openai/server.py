@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from dynamo_core.types import Load
 
 _ANSWER = 10.0
 """Seconds that a server has to say something of itself."""
+_NONSENSE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Unreachable(Exception):
@@ -85,7 +87,7 @@ class Server:
         try:
             if answer.status_code == 200:
                 return msgspec.json.decode(answer.content, type=_Models).data
-        except msgspec.MsgspecError:
+        except _NONSENSE:
             pass
         raise ConfigError(Problem(f"{self.url}/v1/models does not list models ({answer.status_code}): it is no OpenAI-compatible server",
                                   remedy="`url` is what comes before /v1: http://host:8000"))  # fmt: skip
@@ -95,7 +97,7 @@ class Server:
         try:
             answer = await self._get("/version")
             return str(msgspec.json.decode(answer.content, type=dict[str, Any])["version"]) if answer.status_code == 200 else ""
-        except (Unreachable, msgspec.MsgspecError, KeyError):
+        except (Unreachable, KeyError, *_NONSENSE):
             return ""
 
     async def metrics(self) -> str:
@@ -111,7 +113,7 @@ class Server:
         try:
             answer = await self._get("/kv_event_sources")
             found = msgspec.json.decode(answer.content, type=dict[int, _KvSource], strict=False) if answer.status_code == 200 else {}
-        except (Unreachable, msgspec.MsgspecError):
+        except (Unreachable, *_NONSENSE):
             return {}
         return {rank: (self._reached(source.endpoint), self._reached(source.replay_endpoint) if source.replay_endpoint else None)
                 for rank, source in found.items() if source.publisher == "zmq" and source.enable_kv_cache_events}  # fmt: skip
@@ -154,12 +156,21 @@ def loads_of(page: str, total_blocks: int) -> list[Load]:
     for name, labels, value in _SERIES.findall(page):
         rank = _whole(dict(_LABEL.findall(labels)).get("engine")) or 0
         of_rank = ranks.setdefault(rank, {})
-        of_rank[name] = of_rank.get(name, 0.0) + float(value)
+        of_rank[name] = of_rank.get(name, 0.0) + _number(value)
     return [
         Load(int(found.get("num_requests_running", 0)), int(found.get("num_requests_waiting", 0)),
              round(min(1.0, found.get("kv_cache_usage_perc", 0.0)) * total_blocks), total_blocks, 0, rank)
         for rank, found in sorted(ranks.items())
     ]  # fmt: skip
+
+
+def _number(text: str) -> float:
+    """0 for what is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def _whole(text: str | None) -> int | None:
