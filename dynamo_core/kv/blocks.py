@@ -8,7 +8,7 @@ are gone while blocks below them are still there.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 from itertools import repeat
 
 import attrs
@@ -62,10 +62,13 @@ class Blocks:
             found.append(child)
         return found
 
-    def keys(self, without: Container[Hash]) -> array[int]:
+    def keys(self, without: Collection[Hash]) -> array[int]:
         """Of all blocks but some."""
         found = array("Q")
         for run in set(self._runs.values()):
+            if not without and not run.holes:
+                found += run.keys
+                continue
             found.extend(key for h, key in zip(run.hashes, run.keys, strict=True) if h not in without and self._runs.get(h) is run)
         return found
 

@@ -29,8 +29,8 @@ _QUIET = 1.0
 """Seconds without news after which the last news are made sure of: no later number tells that the end of a burst was lost."""
 _NUMBER = 8
 """Bytes of a batch's number."""
-_TURN = 32
-"""Batches of a replay that are taken in one turn of the event loop."""
+_TURN, _TURN_BYTES = 32, 1 << 17
+"""Batches of a replay that are taken in one turn of the event loop: fewer, when they are large."""
 
 
 class KvFeed:
@@ -189,7 +189,7 @@ class KvFeed:
         try:
             socket.connect(endpoint)
             await socket.send_multipart([b"", max(0, self._next - 1).to_bytes(8, "big")])
-            known, taken = self._next > 0, 0
+            known, taken, size = self._next > 0, 0, 0
             async with asyncio.timeout(REPLAY_TIMEOUT) as silence:
                 while (answer := await _answer(socket)) is not None:
                     silence.reschedule(self._loop.time() + REPLAY_TIMEOUT)
@@ -198,8 +198,9 @@ class KvFeed:
                     known = False
                     if answer[0] >= self._next:
                         self._take(*answer)
-                    taken += 1
-                    if taken % _TURN == 0:
+                    taken, size = taken + 1, size + len(answer[1])
+                    if taken >= _TURN or size > _TURN_BYTES:
+                        taken = size = 0
                         await asyncio.sleep(0)
         finally:
             socket.close(linger=0)
