@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,9 +17,10 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config import Secret
 from dynamo_core.context import Context
 from dynamo_core.contracts.engine_answers import replay_kv_events
+from dynamo_core.ending import ended
 from dynamo_core.engines import BlocksCleared, EngineContext, KvEvent
 from dynamo_core.errors import ConfigError, DynamoError, EngineDead, EngineFailed, RequestError, WorkerOverloaded
-from dynamo_core.testing.servers import free_port
+from dynamo_core.testing.servers import Authority, free_port
 from dynamo_core.types import Guided, Hints, Load, Output, Request, Sampling, Stops
 
 PROMPT = list(b"Hello, world! How are you?" * 3)
@@ -89,6 +92,24 @@ async def test_a_server_that_is_not_up_yet_is_waited_for(wire: Any, make_engine:
     await server.start()
     assert (await asyncio.wait_for(starting, 20)).name == "wire"
     await server.stop()
+
+
+async def test_what_the_machine_trusts_is_trusted_for_all_that_is_asked(
+    wire: Any, make_engine: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, tls = Authority(tmp_path), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(*fleet.issue("server"))
+    async with wire.serving(tls=tls) as server:
+        worker = Worker()
+        stranger = asyncio.create_task(make_engine(server).start(worker.context))
+        await until(lambda: worker.phases, "refused")
+        assert "CERTIFICATE_VERIFY_FAILED" in worker.phases[0]
+        await ended(stranger)
+        monkeypatch.setenv("SSL_CERT_FILE", str(fleet.cert))
+        engine = make_engine(server)
+        await engine.start(EngineContext())
+        assert await ask(engine, request())
+        await engine.stop()
 
 
 async def test_a_server_that_is_full_when_its_worker_starts_is_waited_for(wire: Any, make_engine: Callable[..., Any]) -> None:

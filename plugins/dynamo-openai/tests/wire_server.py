@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import threading
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -51,6 +52,7 @@ class WireServer:
     ranks: int = 1
     kv: tuple[int, int] | None = None
     """The ports on which it publishes KV events, and replays them."""
+    tls: ssl.SSLContext | None = None
     trouble: dict[str, Any] | None = None
     """What goes wrong with completions: {status, body}, or {after: tokens} and one of `error`, `finish`, `cut`, `silence`."""
     seen: list[tuple[dict[str, str], dict[str, Any]]] = attrs.field(factory=list)
@@ -66,10 +68,10 @@ class WireServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         if self.kv is not None:
             self._publisher = KvPublisher()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,7 +71,9 @@ class Server:
     def __init__(self, url: str, headers: dict[str, str], connect_timeout: float) -> None:
         self.url = url
         timeout = httpx.Timeout(_ANSWER, connect=connect_timeout)
-        self._client = HttpClient(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        # httpx by itself trusts a list of its own, and neither what the machine trusts nor SSL_CERT_FILE.
+        trusted = False if urlsplit(url).scheme == "http" else ssl.create_default_context()
+        self._client = HttpClient(base_url=url, headers=headers, timeout=timeout, trust_env=False, verify=trusted)
         self._has_metrics = True
 
     async def close(self) -> None:
