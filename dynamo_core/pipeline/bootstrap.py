@@ -78,6 +78,7 @@ class BootstrapStream(HandoverStream):
         self._failed_prefill: list[Worker] = []
         self._alone = False
         """Nobody reads the prompt for decode any more."""
+        self._queued = self._unasked  # while decode is not asked, giving up prefill frees its blocks
 
     async def _dispatch(self, request: Request) -> None:
         half = None if self._alone else await self._ask(request)
@@ -101,7 +102,7 @@ class BootstrapStream(HandoverStream):
         for _ in range(self._settings.limit + 1):
             try:
                 leg = await self._prefill.dispatch(
-                    asked, self._prefill.asked(asked, self._failed_prefill, self._context.tenant), self._context, self._card.block_size)
+                    asked, self._prefill.asked(asked, self._failed_prefill, self._context.tenant), self._context, self._card.block_size, self._unasked)
             except StreamError as e:
                 problem = NoWorker("the prompt", [str(e)])
                 continue

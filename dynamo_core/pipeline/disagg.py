@@ -17,7 +17,7 @@ import msgspec
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Disaggregation, Migration
 from dynamo_core.context import Context
-from dynamo_core.errors import DynamoError, NoWorker, RequestError, StreamError
+from dynamo_core.errors import AllBusy, Cancelled, CannotConnect, DynamoError, NoWorker, RequestError, StreamError, WorkerOverloaded
 from dynamo_core.pipeline.dispatch import Dispatcher
 from dynamo_core.pipeline.handover import HandoverStream, only_the_prompt
 from dynamo_core.pipeline.metrics import PipelineMetrics
@@ -43,11 +43,22 @@ class DisaggregatedStream(HandoverStream):
         self._disaggregation = settings
 
     async def _begin(self) -> None:
+        # A prompt that nobody would go on with is not read: its blocks would fill the prefill worker, and nobody would fetch them.
+        self._dispatcher.check(self._dispatcher.asked(self._request, tenant=self._context.tenant))
         prefilled = await self._prefill()
-        if prefilled is not None:
-            self._request = msgspec.structs.replace(self._request, transfer=prefilled.transfer)
-            self.cached_tokens = prefilled.cached_tokens or 0
-        await super()._begin()
+        if prefilled is None:
+            self._attached = True  # no worker has blocks that somebody must fetch
+            if self._left is not None:
+                raise Cancelled(self._left)
+            await super()._begin()
+            return
+        self._request = msgspec.structs.replace(self._request, transfer=prefilled.transfer)
+        self.cached_tokens = prefilled.cached_tokens or 0
+        try:
+            await super()._begin()
+        except NoWorker as e:
+            # Half of it is done: like a request that lost its worker, it waits for another one, full ones included.
+            await self._move(WorkerOverloaded(str(e)) if isinstance(e, AllBusy) else CannotConnect(str(e)))
 
     async def _prefill(self) -> Prefilled | None:
         """Where the prompt's blocks are; `None` when no worker computed them and decode may do it. :raises DynamoError: it may not."""
@@ -73,7 +84,7 @@ class DisaggregatedStream(HandoverStream):
 
     async def _ask(self, request: Request, failed: list[Worker]) -> Prefilled:
         dispatcher = self._prefill_dispatcher
-        leg = await dispatcher.dispatch(request, dispatcher.asked(request, failed, self._context.tenant), self._context, self._card.block_size)
+        leg = await dispatcher.dispatch(request, dispatcher.asked(request, failed, self._context.tenant), self._context, self._card.block_size, self._unasked)
         self.decisions.append(leg.decision.id)
         self.workers.append(dispatcher.label(leg.worker))
         outcome = "failed"

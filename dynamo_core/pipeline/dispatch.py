@@ -109,9 +109,12 @@ class Dispatcher:
         except TimeoutError:
             pass
 
-    async def dispatch(self, request: Request, asked: RoutingRequest, context: Context, block_size: int) -> Leg:
-        """Route and open. :raises NoWorker: nobody can take it. :raises CannotConnect: the chosen one does not answer."""
-        booking = await self.book(asked, context, block_size)
+    async def dispatch(self, request: Request, asked: RoutingRequest, context: Context, block_size: int, queued: Context | None = None) -> Leg:
+        """Route and open. :raises NoWorker: nobody can take it. :raises CannotConnect: the chosen one does not answer.
+
+        :param queued: whose cancellation and deadline count until a worker was chosen; those of `context` when unset.
+        """
+        booking = await self.book(asked, context if queued is None else queued, block_size)
         worker = booking.worker
         try:
             if (instance := self.instances.get(worker.instance)) is None:
@@ -127,6 +130,12 @@ class Dispatcher:
             raise
         booking.decision.dispatched = worker
         return Leg(booking, stream)
+
+    def check(self, asked: RoutingRequest) -> None:
+        """For who has to do work first that would be in vain. :raises NoWorker: nobody could take it now, nor is there a queue to wait in."""
+        weighed = self.router.weigh(asked)
+        if weighed.choice.worker is None and (self.router.stack.queue is None or not self.router.all_busy(weighed)):
+            self.router.settle(weighed)
 
     async def book(self, asked: RoutingRequest, context: Context, block_size: int) -> Booking:
         """All of a dispatch but the sending: route, wait in the queue if there is one, and book. The caller ends the booking.
@@ -186,4 +195,5 @@ def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str
     return RoutingRequest(
         id=request.id, model=request.model, token_ids=token_ids, prompt_tokens=len(token_ids), role=role, hints=request.hints, adapter=request.adapter,
         cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant, media=media,
+        fetched=role == "decode" and request.transfer is not None,
     )

@@ -1,6 +1,6 @@
 """What both protocols of disaggregated serving share: a caller that leaves does not stop the workers while KV blocks are between them.
 
-From the moment when prefill was asked until decode has its first token, the blocks belong to nobody who would free them, or are being
+From the moment when a prefill worker was asked until decode has its first token, the blocks belong to nobody who would free them, or are being
 written by one machine into the memory of another. A cancellation waits for that, and a request whose client has left is still handed
 over, for one token.
 """
@@ -52,6 +52,8 @@ class HandoverStream(TokenStream):
         # Not linked to the caller's: whether a cancellation may reach the workers is decided here.
         inner = Context(context.id, priority=context.priority, session=context.session, tenant=context.tenant, traceparent=context.traceparent)
         super().__init__(request, card, inner, decode, migration, metrics)
+        self._unasked = Context(context.id, deadline=context.deadline)
+        """Cancelled when the caller leaves: where no worker has been asked yet, nothing is to be waited for."""
         self._attached = False
         """Decode has its first token, and with it the blocks."""
         self._reading = False
@@ -64,7 +66,7 @@ class HandoverStream(TokenStream):
         try:
             await asyncio.shield(beginning)
         except asyncio.CancelledError:
-            self._left = self._left or "cancelled"
+            self._leave("cancelled")
             go_on(self._finish(beginning))
             raise
         if self._left is not None:
@@ -93,11 +95,18 @@ class HandoverStream(TokenStream):
     def cancel(self, reason: str) -> None:
         if self._attached:
             self._forget()
+            self._unasked.cancel(reason)
             super().cancel(reason)
         elif self._left is None:
-            self._left = reason
+            self._leave(reason)
             if self._leg is not None and not self._reading:
                 go_on(self._fetch())
+
+    def _leave(self, reason: str) -> None:
+        self._left = self._left or reason
+        self._unasked.cancel(self._left)
+        if self._attached:
+            super().cancel(self._left)
 
     def finish(self) -> None:
         self._forget()
@@ -109,6 +118,12 @@ class HandoverStream(TokenStream):
     async def _first(self) -> Sequence[Output]:
         """Read until decode has the blocks."""
         return await super().read()
+
+    def _rest(self, lost: DynamoError) -> Request | None:
+        request = super()._rest(lost)
+        if self._left is not None and self._request.transfer is None:
+            raise Cancelled(self._left)  # with the worker that was to have the blocks went what was waited for
+        return request
 
     async def _finish(self, beginning: asyncio.Task[None]) -> None:
         """The caller left while prefill was on its way."""

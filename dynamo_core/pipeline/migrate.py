@@ -16,7 +16,7 @@ import msgspec
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Migration
 from dynamo_core.context import Context
-from dynamo_core.errors import AllBusy, Cancelled, Disconnected, DynamoError, NoWorker, PeerLost, StreamError, Unavailable, WorkerOverloaded
+from dynamo_core.errors import AllBusy, Cancelled, CannotConnect, Disconnected, DynamoError, NoWorker, PeerLost, StreamError, Unavailable, WorkerOverloaded
 from dynamo_core.pipeline.dispatch import Dispatcher, Leg
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.routing.contract import Worker
@@ -36,6 +36,8 @@ class TokenStream:
         self._request = request
         self._card = card
         self._context = context
+        self._queued = context
+        """Cancelled when nobody wants a request any more that waits for a worker."""
         self._dispatcher = dispatcher
         self._settings = settings
         self._metrics = metrics
@@ -146,7 +148,7 @@ class TokenStream:
 
     async def _dispatch(self, request: Request) -> None:
         asked = self._dispatcher.asked(request, self._failed, self._context.tenant)
-        leg = await self._dispatcher.dispatch(request, asked, self._context, self._card.block_size)
+        leg = await self._dispatcher.dispatch(request, asked, self._context, self._card.block_size, self._queued)
         self._leg = leg
         if self._sink is not None:
             self._attach(leg, self._sink)
@@ -169,7 +171,8 @@ class TokenStream:
             raise _for_client(error, why_not)
         kind = "ongoing_request" if self._emitted else "new_request"
         started = time.monotonic()
-        if self._lost_at is None and (self._emitted or not isinstance(error, WorkerOverloaded)):
+        begun = bool(self._emitted) or self._request.transfer is not None
+        if self._lost_at is None and (begun or not isinstance(error, WorkerOverloaded)):
             self._lost_at = started
         # Who had a worker waits for another one, full ones included; who comes new to a full fleet is told at once.
         patient = self._lost_at is not None
@@ -187,7 +190,7 @@ class TokenStream:
                     self._metrics.migrated(kind, "failure", time.monotonic() - started)
                     raise _for_client(error, f"it has moved {self._moves} times already (migration.limit)")
                 self._moves += 1
-            request = self._rest()
+            request = self._rest(cause)
             if request is None:
                 self._cut_short = True
                 return
@@ -225,11 +228,11 @@ class TokenStream:
             return "guided output cannot be continued by this engine"
         return None
 
-    def _rest(self) -> Request | None:
+    def _rest(self, lost: DynamoError) -> Request | None:
         """The request that asks for what is still missing; `None` when only the end was missing."""
         emitted = self._emitted
-        if self._request.transfer is not None:
-            # The blocks were fetched, or lost with who held them: whoever goes on computes them.
+        if self._request.transfer is not None and not isinstance(lost, NoWorker | WorkerOverloaded | CannotConnect):
+            # The blocks were fetched, or lost with who held them: whoever goes on computes them. Who took nothing has fetched nothing.
             self._request = msgspec.structs.replace(self._request, transfer=None)
         if not emitted:
             return self._request

@@ -182,8 +182,9 @@ class Replica:
     def _booking(self, request: RoutingRequest, worker: Worker, overlap: int) -> list[Any]:
         names = self.router.named(request) if self._publisher is not None else ()
         keys = names.keys_of(names.block_size).astype("<u8", copy=False).tobytes() if isinstance(names, Prehashed) else b""
+        prompt = request.prompt_tokens or len(request.token_ids)
         return [
-            "b", request.id, *worker, request.prompt_tokens or len(request.token_ids), overlap, request.adapter, request.hints.session,
+            "b", request.id, *worker, prompt, prompt if request.fetched else overlap, request.adapter, request.hints.session,
             [names.block_size, names.fingerprint, keys] if isinstance(names, Prehashed) else None,
         ]
 

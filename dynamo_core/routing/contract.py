@@ -82,6 +82,8 @@ class RoutingRequest:
     """What the prompt holds besides text, for fact providers; policies see it empty."""
     tenant: str | None = None
     """On whose behalf, when it is known."""
+    fetched: bool = False
+    """Another worker reads the prompt, and only its KV blocks come: for queues and fact providers. Policies, which have `role`, see it unset."""
 
 
 class Fleet:

@@ -190,7 +190,8 @@ class Bookings:
         if account is None or key in self._open:
             return
         tokens = request.prompt_tokens or len(request.token_ids)
-        booking = self._open[key] = _Booking(tokens, max(0, tokens - overlap_tokens), -(-tokens // account.block_size))
+        prefill = 0 if request.fetched else max(0, tokens - overlap_tokens)
+        booking = self._open[key] = _Booking(tokens, prefill, -(-tokens // account.block_size))
         account.requests += 1
         account.prefill_tokens += booking.prefill_tokens
         account.blocks += booking.blocks

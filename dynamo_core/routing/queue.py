@@ -140,11 +140,12 @@ class RouterQueue:
             self.router.settle(weighed)
         self._note(ticket.uncached)
         self._keyed(ticket)
-        if alone:
-            if may_go := self._may_go(weighed):
+        if alone or request.fetched:
+            if may_go := self._may_go(request, weighed):
                 self._go(ticket, weighed, fresh=True)
                 return ticket
-            self._no_room = may_go is None
+            if alone:
+                self._no_room = may_go is None
         self._enter(ticket)
         if not self._no_room:
             self.release()
@@ -160,7 +161,7 @@ class RouterQueue:
         passed = 0
         for ticket in self._in_order():
             weighed = self._weigh(ticket)
-            match self._may_go(weighed):
+            match self._may_go(ticket.request, weighed):
                 case True:
                     self._leave(ticket)
                     self._go(ticket, weighed)
@@ -207,11 +208,13 @@ class RouterQueue:
         ticket.uncached = max(0, ticket.request.prompt_tokens - int(held))
         return weighed
 
-    def _may_go(self, weighed: Weighed) -> bool | None:
+    def _may_go(self, request: RoutingRequest, weighed: Weighed) -> bool | None:
         """`None`: nobody has room for the least of requests, so that nobody else may go either."""
         choice = weighed.choice
         if choice.worker is None:
             return False
+        if request.fetched:
+            return True  # there is nothing to prefill, and somebody keeps its blocks until they are fetched
         booked, most = weighed.columns.get(BOOKED_PREFILL_TOKENS), weighed.columns.get(MAX_BATCHED_TOKENS)
         if booked is None or most is None:
             return True

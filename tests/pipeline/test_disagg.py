@@ -10,8 +10,9 @@ from typing import Any
 import attrs
 import pytest
 
-from dynamo_core.config.schema import Disaggregation, Use
-from dynamo_core.errors import Unavailable
+from dynamo_core.config.schema import Disaggregation, Queue, Router, Use
+from dynamo_core.context import Context
+from dynamo_core.errors import AllBusy, Cancelled, Unavailable
 from dynamo_core.testing.cluster import Cluster, read_all
 from dynamo_core.types import Hints, Request
 
@@ -23,12 +24,14 @@ def use(role: str, **options: Any) -> Use:
 
 
 @asynccontextmanager
-async def fleet(*roles: str, slow: float = 1.0, **settings: Any) -> AsyncIterator[Cluster]:
-    """One worker of each role, its component named after it."""
-    async with Cluster.up(workers=0, engine=use("aggregated")) as cluster:
+async def fleet(*roles: str, slow: float = 1.0, router: Router | None = None, engine: dict[str, Any] | None = None, max_requests: int | None = None,
+                **settings: Any) -> AsyncIterator[Cluster]:
+    """One worker of each role, its component named after it. :param max_requests: of decode workers."""
+    async with Cluster.up(workers=0, engine=use("aggregated"), router=router) as cluster:
         cluster.catalog._config = attrs.evolve(cluster.config, disaggregation=Disaggregation(**settings))
         for role in roles:
-            await cluster.add(engine=use(role, pace_ms=slow), name=role)
+            limit = {"max_requests": max_requests} if max_requests is not None and role == "decode" else {}
+            await cluster.add(engine=use(role, **{"pace_ms": slow, **(engine or {})}), name=role, **limit)
         async with asyncio.timeout(20):
             while sum(w["proven"] for model in cluster.catalog.status()["models"].values() for w in model["workers"]) != len(roles):
                 await asyncio.sleep(0.01)
@@ -211,3 +214,81 @@ async def test_each_router_is_asked_for_its_own_role_so_that_pins_find_the_worke
             await read_all(generation)
             records = [cluster.catalog.decision(id) for id in generation.decisions]
             assert [(r["request"]["role"], r["worker"][0]) for r in records if r] == [("prefill", ids[reads]), ("decode", ids[writes])]
+
+
+@pytest.mark.parametrize("protocol", ["prefill-first", "bootstrap"])
+async def test_clients_that_leave_while_they_wait_for_a_prefill_worker_leave_the_queue_at_once(protocol: str) -> None:
+    async with fleet("prefill", "decode", slow=50.0, router=Router(queue=Queue(prefill_tokens=0)), engine={"protocol": protocol}) as cluster:
+        served = watch(cluster, 0)
+        first = asyncio.create_task(cluster.generate(PROMPT, max_tokens=3))
+        queue = cluster.catalog.get("sim").dispatcher("prefill")  # type: ignore[attr-defined]
+        async with asyncio.timeout(20):
+            while not served:
+                await asyncio.sleep(0.001)
+        contexts = [Context(f"leaves-{i}") for i in range(4)]
+        leave = [asyncio.create_task(cluster.generate([i, *PROMPT], context=context)) for i, context in enumerate(contexts)]
+        async with asyncio.timeout(20):
+            while queue.waiting < 4:
+                await asyncio.sleep(0.001)
+        for task, context in zip(leave[:2], contexts[:2], strict=True):
+            context.cancel("client disconnected")
+            with pytest.raises(Cancelled):
+                await task
+        for task in leave[2:]:
+            task.cancel()
+        await asyncio.gather(*leave, return_exceptions=True)
+        async with asyncio.timeout(20):
+            while queue.waiting:
+                await asyncio.sleep(0.001)
+        await read_all(await first)
+        assert len(served) == 1
+        await idle(cluster)
+
+
+@pytest.mark.parametrize("protocol", ["prefill-first", "bootstrap"])
+async def test_blocks_come_to_a_decode_worker_for_many_requests_at_once_whatever_the_queue_says_of_prefills(protocol: str) -> None:
+    engine = {"protocol": protocol, "transfer_ms": 100.0}
+    async with fleet("prefill", "decode", router=Router(queue=Queue(prefill_tokens=0)), engine=engine) as cluster:
+        generations = await asyncio.gather(*(cluster.generate([i, *PROMPT], max_tokens=3) for i in range(4)))
+        for generation in generations:
+            await read_all(generation)
+            record = cluster.catalog.decision(generation.decisions[-1])
+            assert record is not None
+            assert (record["request"]["role"], record["waited"]) == ("decode", 0)
+
+
+async def test_a_prompt_that_was_read_waits_for_a_decode_worker_with_room_and_is_not_read_again() -> None:
+    expected = await alone()
+    async with fleet("prefill", "decode", "decode", slow=5.0, max_requests=1) as cluster:
+        read, *written = watch(cluster, 0), watch(cluster, 1), watch(cluster, 2)
+        generations = await asyncio.gather(*(cluster.generate(PROMPT, max_tokens=20) for _ in range(5)))
+        assert [(await read_all(generation))[1] for generation in generations] == [expected] * 5
+        assert len(read) == 5
+        assert all(request.transfer is not None for requests in written for request in requests)
+
+
+async def test_no_prompt_is_read_while_decode_is_known_to_be_full() -> None:
+    async with fleet("prefill", "decode") as cluster:
+        read = watch(cluster, 0)
+        decode: Any = cluster.catalog.get("sim").dispatcher("decode")  # type: ignore[attr-defined]
+        decode.router.inhibit(next(iter(decode.router.workers)), 60.0, "it said that it is at capacity", busy=True)
+        with pytest.raises(AllBusy, match="at capacity"):
+            await cluster.generate(PROMPT, max_tokens=3)
+        assert not read
+
+
+async def test_a_client_that_left_is_not_given_another_decode_worker_when_the_first_one_is_lost() -> None:
+    async with fleet("prefill", "decode", "decode", slow=1.0, engine={"transfer_ms": 1000.0}) as cluster:
+        context = Context("leaves")
+        generation = await cluster.generate(PROMPT, max_tokens=20, context=context)
+        reading = asyncio.create_task(read_all(generation))
+        async with asyncio.timeout(20):
+            while not (busy := [i for i in (1, 2) if cluster.worker(i).admission.in_flight]):
+                await asyncio.sleep(0.001)
+        other = watch(cluster, 3 - busy[0])
+        await asyncio.sleep(0)  # it reads
+        context.cancel("client disconnected")
+        await cluster.kill(busy[0])
+        with pytest.raises(Cancelled):
+            await reading
+        assert not other

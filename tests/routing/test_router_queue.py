@@ -13,6 +13,7 @@ from dynamo_core.config.schema import Router as RouterConfig
 from dynamo_core.errors import AllBusy, NoWorker
 from dynamo_core.plugins import Plugins
 from dynamo_core.routing.contract import RoutingRequest, Worker
+from dynamo_core.routing.facts import BOOKED_PREFILL_TOKENS
 from dynamo_core.routing.queue import RouterQueue, Ticket
 from dynamo_core.routing.router import Router
 from dynamo_core.routing.stack import build_stack
@@ -221,6 +222,21 @@ def test_short_requests_join_a_prefill_and_long_ones_wait_for_its_end():
     assert site.went == ["first", "short", "too much"]  # 400 tokens are left
     site = Site(prefill_tokens=1000)
     assert site.submit("long", tokens=5000).decision is not None  # who is idle takes anything
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_request_whose_blocks_are_fetched_waits_for_no_prefill_and_no_prefill_waits_for_it(waits: bool):
+    site = Site(prefill_tokens=100)
+    if waits:
+        site.submit("reads", 90)
+        site.submit("waits", 90)
+    for name in ("first", "second"):
+        assert site.queue.submit(RoutingRequest(name, "m", prompt_tokens=5000, role="decode", fetched=True)).decision is not None
+    assert site.went == (["reads"] if waits else []) + ["first", "second"]
+    if not waits:
+        assert site.submit("reads", 90).decision is not None
+    booked = next(part.component for part in site.router.providers if BOOKED_PREFILL_TOKENS in part.component.provides)
+    assert booked.columns(RoutingRequest("q", "m"), [Worker(1)])[BOOKED_PREFILL_TOKENS] == (90,)
 
 
 def test_waiting_for_the_best_worker_leaves_room_elsewhere_unused():
