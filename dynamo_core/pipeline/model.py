@@ -26,7 +26,7 @@ from dynamo_core.pipeline.handover import suits
 from dynamo_core.pipeline.metrics import PipelineMetrics
 from dynamo_core.pipeline.migrate import TokenStream
 from dynamo_core.pipeline.places import Places
-from dynamo_core.preprocess.contract import Preprocessor
+from dynamo_core.preprocess.contract import FollowsCard, Preprocessor
 from dynamo_core.preprocess.limits import check_media, check_token_ids, fit
 from dynamo_core.routing.contract import Worker
 from dynamo_core.types import Instance, Request, TextOptions
@@ -128,6 +128,12 @@ class ServedModel:
         needs = [() if card.role == "decode" and card.handover.decode_alone and self._disaggregation.fallback else card.needs for card in able]
         self._needs = tuple(itertools.chain.from_iterable(needs)) if all(needs) else ()
         self._handover = next((m.card.handover for m in proven if m.card.role == "decode"), Handover())
+        # Each may get any request, so that the shortest context is what the model has.
+        length = min((m.card.context_length for m in proven or self.members.values()), default=self.card.context_length)
+        if length != self.card.context_length:
+            self.card = msgspec.structs.replace(self.card, context_length=length)
+            if isinstance(self.preprocessor, FollowsCard):
+                self.preprocessor.card = self.card
         self._metrics.workers(sum(m.proven for m in self.members.values()), len(self.members))
 
     def not_ready(self) -> str | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from dynamo_core.cards import ModelCard
 from dynamo_core.types import Delta, LogprobText, Output, TextOptions
 
 
@@ -48,6 +49,14 @@ class Preprocessor(Protocol):
         ...
 
     def logprob(self, token_id: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> LogprobText: ...
+
+
+@runtime_checkable
+class FollowsCard(Protocol):
+    """A preprocessor that refuses what is too long before it is tokenized. Optional."""
+
+    card: ModelCard
+    """Of the model, with the context length of its workers as they come and go."""
 
 
 @runtime_checkable

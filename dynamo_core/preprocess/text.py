@@ -29,8 +29,7 @@ class TextPreprocessor:
         definition = msgspec.json.decode(tokenizer_json, type=Definition)
         self._tokenizer = TextTokenizer(tokenizer_json, definition)
         self._vocabulary = Vocabulary(self._tokenizer.reference, definition.decoder)
-        per_token = most_characters(definition)
-        self._most_characters = None if per_token is None else per_token * card.context_length
+        self._per_token = most_characters(definition)
         self._template: ChatTemplate | None = compile_template(card.chat_template) if card.chat_template else None
 
     async def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
@@ -54,12 +53,15 @@ class TextPreprocessor:
             return render()
         return await asyncio.get_running_loop().run_in_executor(threads, render)
 
+    def _too_long(self, characters: int) -> bool:
+        return self._per_token is not None and characters > self._per_token * self.card.context_length
+
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Text to token ids; a long text is tokenized in a thread, so the event loop goes on.
 
         :raises PromptTooLong: no tokenization of so long a text could fit, so none is tried.
         """
-        if self._most_characters is not None and len(text) > self._most_characters:
+        if self._too_long(len(text)):
             limit = self.card.context_length
             raise PromptTooLong(f"this model's context length is {limit} tokens, too short for any prompt of {len(text):,} characters", param="prompt")
         return await self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -69,7 +71,7 @@ class TextPreprocessor:
 
         :raises PromptTooLong: no tokenization of so long texts could fit, so none is tried.
         """
-        if self._most_characters is not None and len(text) + len(second) > self._most_characters:
+        if self._too_long(len(text) + len(second)):
             raise PromptTooLong(f"this model's context length is {self.card.context_length} tokens, too short for any such pair of texts", param="documents")
         return await asyncio.get_running_loop().run_in_executor(threads, self._tokenizer.encode_pair, text, second)
 

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from dynamo_core.config.schema import Use
 from dynamo_core.context import Context
-from dynamo_core.errors import ModelNotFound, Unavailable
+from dynamo_core.errors import ModelNotFound, PromptTooLong, Unavailable
 from dynamo_core.hookspecs import hookimpl
 from dynamo_core.plugins import Plugins
 from dynamo_core.runtime import names
@@ -155,3 +156,27 @@ async def test_observer_hooks_hear_of_the_fleet_and_one_that_raises_is_logged_on
     assert kinds.count("decision") == 3
     assert kinds.index("joined") < kinds.index("decision") < kinds.index("left")
     assert [r.getMessage() for r in caplog.records if "acme-broken" in r.getMessage()] == ["dynamo_decision of plugin acme-broken failed; it is logged once"]
+
+
+async def test_a_model_has_the_context_of_its_shortest_worker_as_workers_come_and_go() -> None:
+    async with Cluster.up(workers=1, engine=Use("echo", {"context_length": 64})) as cluster:
+        def length() -> int:
+            return cluster.catalog.get("echo").card.context_length
+
+        async def fits(prompt: str) -> bool:
+            try:
+                await cluster.catalog.get("echo").preprocessor.encode(prompt, add_special_tokens=False)
+            except PromptTooLong:
+                return False
+            return True
+
+        assert (length(), await fits("a" * 5000)) == (64, False)
+        await cluster.add(engine=Use("echo", {"context_length": 8192}))
+        await cluster.wait_ready(2)
+        assert length() == 64
+        await cluster.worker(0).withdraw()
+        await until(lambda: length() == 8192)
+        assert await fits("a" * 5000)
+        await cluster.add(engine=Use("echo", {"context_length": 128}))
+        await until(lambda: length() == 128)
+        assert not await fits("a" * 5000)

@@ -71,8 +71,8 @@ async def test_p2_many_long_prompts_at_once_use_a_bounded_number_of_threads(chat
 
 
 async def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenized(chatml: TextPreprocessor) -> None:
-    most = chatml._most_characters
-    assert most is not None
+    assert chatml._per_token is not None
+    most = chatml._per_token * chatml.card.context_length
     with pytest.raises(PromptTooLong, match=f"{most + 1:,} characters"):
         await chatml.encode("a" * (most + 1), add_special_tokens=False)
 
