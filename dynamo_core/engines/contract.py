@@ -80,6 +80,8 @@ class EngineContext:
     """For downloads and conversions that outlive the process."""
     name: str = "worker"
     """For log lines and metrics labels."""
+    role: str | None = None
+    """What the operator wants the worker to be (`workers.role`), instead of what its card says; `None`: that is the engine's to say."""
     config: Config | None = None
     """What the process runs with, for engines that are clients of other fleets. Without a worker around it, an engine has none."""
     plugins: Plugins | None = None

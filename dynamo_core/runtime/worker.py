@@ -81,7 +81,7 @@ class Worker:
         """Start the engine, prove it by a canary, and announce it."""
         started = time.monotonic()
         context = EngineContext(progress=self._progress, kv_events=self._kv_events, load=self._load, died=self._died, offer=self._offer,
-                                name=self.label, config=self.runtime.config, plugins=self.runtime.plugins)
+                                name=self.label, role=self.settings.role, config=self.runtime.config, plugins=self.runtime.plugins)
         await self._open_publishers()
         self.runtime.on_new_lease(self._open_publishers)
         heartbeat = asyncio.create_task(self._heartbeat(), name="start-up heartbeat")

@@ -154,6 +154,12 @@ async def test_what_cannot_work_is_told_at_start_with_a_remedy(wire: Any, make_e
     assert said in str(problem.value)
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode", "encode"])
+async def test_a_role_that_a_plain_server_cannot_have_is_refused(make_engine: Callable[..., Any], wire: Any, role: str) -> None:
+    with pytest.raises(ConfigError, match=f"role = '{role}'.*cannot hand KV blocks over"):
+        await make_engine(wire.WireServer(port=1)).start(EngineContext(role=role))
+
+
 async def test_a_server_that_is_none_is_told_from_one_that_is_not_there(make_engine: Callable[..., Any]) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

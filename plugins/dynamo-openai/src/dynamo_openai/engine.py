@@ -13,7 +13,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config import Secret
 from dynamo_core.context import Context
 from dynamo_core.engines import EngineContext
-from dynamo_core.errors import EngineDead
+from dynamo_core.errors import ConfigError, EngineDead, Problem
 from dynamo_core.types import Output, Request
 from dynamo_openai.meeting import Options, meet
 from dynamo_openai.running import Running
@@ -70,6 +70,9 @@ class OpenAIEngine:
     _running: Running | None = attrs.field(default=None, init=False, repr=False)
 
     async def start(self, context: EngineContext) -> ModelCard:
+        if context.role not in (None, "aggregated"):
+            raise ConfigError(Problem(f"role = {context.role!r}: {self.url} cannot hand KV blocks over, or take them",
+                                      remedy="leave `role` out; for prefill and decode workers there is the engine `vllm`"))  # fmt: skip
         progress = _Progress(context)
         beating = asyncio.create_task(progress.beat(), name=f"wait for {self.url}")
         try:
