@@ -30,11 +30,12 @@ OVERLOAD_PAUSE = 0.25
 class Booking:
     """The place of one request at one worker: what the router counts on, kept true by whoever hears of the request."""
 
-    __slots__ = ("_block_size", "_grown", "_router", "decision", "request_id", "tokens", "worker")
+    __slots__ = ("_block_size", "_grown", "_prefills", "_router", "decision", "request_id", "tokens", "worker")
 
-    def __init__(self, router: Router, decision: Decision, worker: Worker, request_id: str, block_size: int) -> None:
+    def __init__(self, router: Router, decision: Decision, worker: Worker, request_id: str, block_size: int, *, prefills: bool = True) -> None:
         self._router = router
         self._block_size = block_size
+        self._prefills = prefills
         self._grown = 0
         self.decision = decision
         self.worker = worker
@@ -57,7 +58,8 @@ class Booking:
         """The engine's word on how much of the prompt it had, for engines that have it only after the first token. The first word counts."""
         if self.decision.cached_tokens is None:
             self.decision.cached_tokens = cached_tokens
-            self._router.observer.found(self.decision, cached_tokens)
+            if self._prefills:  # engines may count what they have fetched as cached: that says nothing of what the router believed
+                self._router.observer.found(self.decision, cached_tokens)
 
     def end(self, outcome: Outcome) -> None:
         """Free the booking. Call exactly once."""
@@ -71,7 +73,7 @@ class Leg(Booking):
     __slots__ = ("stream",)
 
     def __init__(self, booking: Booking, stream: Stream) -> None:
-        super().__init__(booking._router, booking.decision, booking.worker, booking.request_id, booking._block_size)
+        super().__init__(booking._router, booking.decision, booking.worker, booking.request_id, booking._block_size, prefills=booking._prefills)
         self.stream = stream
 
 
@@ -144,7 +146,7 @@ class Dispatcher:
         """
         decision = await self._place(asked, context)
         assert decision.worker is not None, "who is placed has a worker"
-        return Booking(self.router, decision, decision.worker, asked.id, block_size)
+        return Booking(self.router, decision, decision.worker, asked.id, block_size, prefills=asked.prefills)
 
     async def _place(self, asked: RoutingRequest, context: Context) -> Decision:
         """Choose and book, now or once there is room."""
@@ -195,5 +197,5 @@ def routing_request(request: Request, failed: Sequence[Worker] = (), tenant: str
     return RoutingRequest(
         id=request.id, model=request.model, token_ids=token_ids, prompt_tokens=len(token_ids), role=role, hints=request.hints, adapter=request.adapter,
         cache_salt=request.cache_salt, max_tokens=request.stops.max_tokens, failed=tuple(failed), tenant=tenant, media=media,
-        fetched=role == "decode" and request.transfer is not None,
+        prefills=role != "encode" and (role != "decode" or request.transfer is None),
     )

@@ -184,7 +184,7 @@ class Replica:
         keys = names.keys_of(names.block_size).astype("<u8", copy=False).tobytes() if isinstance(names, Prehashed) else b""
         prompt = request.prompt_tokens or len(request.token_ids)
         return [
-            "b", request.id, *worker, prompt, prompt if request.fetched else overlap, request.adapter, request.hints.session,
+            "b", request.id, *worker, prompt, overlap if request.prefills else prompt, request.adapter, request.hints.session,
             [names.block_size, names.fingerprint, keys] if isinstance(names, Prehashed) else None,
         ]
 

@@ -132,11 +132,12 @@ class QueueFamilies:
 
 
 class QueueMetrics:
-    """Implements `routing.queue.QueueObserver` for one model."""
+    """Implements `routing.queue.QueueObserver` for one queue of a model, which has one for each role."""
 
     def __init__(self, families: QueueFamilies, model: str) -> None:
         self._families = families
         self._model = model
+        self._counted: dict[str, int] = {}
 
     def waited(self, ticket: Ticket, seconds: float) -> None:
         self._families.seconds.labels(self._model, ticket.of).observe(seconds)
@@ -146,4 +147,5 @@ class QueueMetrics:
 
     def length(self, waiting: dict[str, int]) -> None:
         for of, count in waiting.items():
-            self._families.waiting.labels(self._model, of).set(count)
+            self._families.waiting.labels(self._model, of).inc(count - self._counted.get(of, 0))
+            self._counted[of] = count

@@ -82,8 +82,9 @@ class RoutingRequest:
     """What the prompt holds besides text, for fact providers; policies see it empty."""
     tenant: str | None = None
     """On whose behalf, when it is known."""
-    fetched: bool = False
-    """Another worker reads the prompt, and only its KV blocks come: for queues and fact providers. Policies, which have `role`, see it unset."""
+    prefills: bool = True
+    """Whether the worker computes the prompt: not where another one does and only its KV blocks come, nor where images alone are read.
+    For queues and fact providers; policies, which have `role`, see it unset."""
 
 
 class Fleet:

@@ -190,7 +190,7 @@ class Bookings:
         if account is None or key in self._open:
             return
         tokens = request.prompt_tokens or len(request.token_ids)
-        prefill = 0 if request.fetched else max(0, tokens - overlap_tokens)
+        prefill = max(0, tokens - overlap_tokens) if request.prefills else 0
         booking = self._open[key] = _Booking(tokens, prefill, -(-tokens // account.block_size))
         account.requests += 1
         account.prefill_tokens += booking.prefill_tokens

@@ -140,7 +140,7 @@ class RouterQueue:
             self.router.settle(weighed)
         self._note(ticket.uncached)
         self._keyed(ticket)
-        if alone or request.fetched:
+        if alone or not request.prefills:
             if may_go := self._may_go(request, weighed):
                 self._go(ticket, weighed, fresh=True)
                 return ticket
@@ -213,8 +213,8 @@ class RouterQueue:
         choice = weighed.choice
         if choice.worker is None:
             return False
-        if request.fetched:
-            return True  # there is nothing to prefill, and somebody keeps its blocks until they are fetched
+        if not request.prefills:
+            return True  # what it asks of the worker is no prefill, and somebody may keep its blocks until they are fetched
         booked, most = weighed.columns.get(BOOKED_PREFILL_TOKENS), weighed.columns.get(MAX_BATCHED_TOKENS)
         if booked is None or most is None:
             return True

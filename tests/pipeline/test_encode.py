@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import pytest
 
-from dynamo_core.config.schema import Disaggregation, Router, Use
+from dynamo_core.config.schema import Disaggregation, Queue, Router, Use
 from dynamo_core.context import Context
 from dynamo_core.errors import NoWorker, RequestError
 from dynamo_core.pipeline.dispatch import routing_request
@@ -25,8 +25,8 @@ def use(role: str, **options: Any) -> Use:
 
 
 @asynccontextmanager
-async def fleet(*roles: str, fallback: bool = True, **options: Any) -> AsyncIterator[Cluster]:
-    async with Cluster.up(workers=0, engine=use("aggregated"), router=Router(use=Use("kv"))) as cluster:
+async def fleet(*roles: str, fallback: bool = True, queue: Queue | None = None, **options: Any) -> AsyncIterator[Cluster]:
+    async with Cluster.up(workers=0, engine=use("aggregated"), router=Router(use=Use("kv"), queue=queue)) as cluster:
         cluster.catalog._config = attrs.evolve(cluster.config, disaggregation=Disaggregation(fallback=fallback))
         for role in roles:
             await cluster.add(engine=use(role, **options), name=role)
@@ -163,3 +163,16 @@ async def test_an_engine_that_sees_nothing_refuses_images() -> None:
     async with fleet("aggregated", sees=False) as cluster:
         with pytest.raises(RequestError, match="does not support media"):
             await read_all(await ask(cluster, "cat"))
+
+
+async def test_images_wait_for_no_room_to_prefill() -> None:
+    async with fleet("encode", "aggregated", queue=Queue(prefill_tokens=0), encode_ms=100.0) as cluster:
+        async def first(i: int) -> str:
+            generation = await ask(cluster, f"{i}", id=f"r{i}")
+            await read_all(generation)
+            return generation.decisions[0]
+
+        for id in await asyncio.gather(*(first(i) for i in range(4))):
+            record = cluster.catalog.decision(id)
+            assert record is not None
+            assert (record["request"]["role"], record["waited"]) == ("encode", 0)

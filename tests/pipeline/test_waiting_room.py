@@ -6,10 +6,12 @@ import asyncio
 
 import attrs
 import pytest
+from prometheus_client import CollectorRegistry
 
 from dynamo_core.config.schema import Queue, QueueClass, Router
 from dynamo_core.context import Context
 from dynamo_core.errors import AllBusy, Cancelled
+from dynamo_core.pipeline.waiting import QueueFamilies, QueueMetrics
 from dynamo_core.testing.cluster import Cluster, read_all
 
 
@@ -115,3 +117,13 @@ async def test_a_queue_that_is_turned_off_lets_everybody_go():
         cluster.catalog.stacks.reload(attrs.evolve(cluster.config, router=Router(queue=Queue(enabled=False))), cluster.config)
         for started in await asyncio.gather(*running):
             started.cancel()
+
+
+def test_the_gauge_counts_those_who_wait_in_the_queues_of_all_roles() -> None:
+    registry = CollectorRegistry()
+    families = QueueFamilies(registry)
+    prefill, decode = QueueMetrics(families, "m"), QueueMetrics(families, "m")
+    prefill.length({"default": 3})
+    decode.length({"default": 2})
+    decode.length({"default": 0})
+    assert registry.get_sample_value("dynamo_router_queue_waiting", {"model": "m", "class": "default"}) == 3

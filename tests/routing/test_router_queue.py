@@ -231,7 +231,7 @@ def test_a_request_whose_blocks_are_fetched_waits_for_no_prefill_and_no_prefill_
         site.submit("reads", 90)
         site.submit("waits", 90)
     for name in ("first", "second"):
-        assert site.queue.submit(RoutingRequest(name, "m", prompt_tokens=5000, role="decode", fetched=True)).decision is not None
+        assert site.queue.submit(RoutingRequest(name, "m", prompt_tokens=5000, role="decode", prefills=False)).decision is not None
     assert site.went == (["reads"] if waits else []) + ["first", "second"]
     if not waits:
         assert site.submit("reads", 90).decision is not None

@@ -74,3 +74,14 @@ async def test_without_events_what_was_evicted_unheard_shows_as_promised_too_muc
         assert worst[1] < worst[0]
         assert f"cache      {worst[0]} tokens predicted, {worst[1]} found ({worst[1] - worst[0]:+d})" in worst[2]
         asker.agrees(asked)
+
+
+async def test_what_decode_workers_fetch_from_prefill_workers_is_no_prediction() -> None:
+    async with Cluster.up(workers=0, engine="sim", options=ENGINE, router=Router(use=Use("kv"))) as cluster:
+        for role in ("prefill", "decode"):
+            await cluster.add(engine=Use("sim", {**ENGINE, "role": role}), name=role)
+        await cluster.wait_ready(2)
+        asker = Asker(cluster, cluster.model.name)
+        for _ in range(5):
+            await asker.ask()
+        assert asker.sample("prediction_error_tokens_count") == 5
