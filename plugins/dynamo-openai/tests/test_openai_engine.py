@@ -404,6 +404,15 @@ async def test_adapters_are_models_of_their_own_as_long_as_the_server_has_them(w
         await engine.stop()
 
 
+async def test_adapters_are_found_whichever_of_its_names_the_base_model_is_served_by(wire: Any, make_engine: Callable[..., Any]) -> None:
+    worker = Worker()
+    async with wire.serving(names=["big", "large"], adapters=["sql"]) as server:
+        engine = make_engine(server, model="large")
+        await engine.start(worker.context)
+        assert [offered.name for offered in worker.offers[-1]] == ["large", "sql"]
+        await engine.stop()
+
+
 async def test_load_is_told_for_each_rank(wire: Any, make_engine: Callable[..., Any]) -> None:
     worker = Worker()
     async with wire.serving(ranks=2, step=0.01) as server:
