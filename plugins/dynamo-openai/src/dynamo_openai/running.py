@@ -107,7 +107,8 @@ class Running:
                 self._lost(f"{self._met.server.url} {other}")
                 self._context.died(self._gone or other)  # the worker that comes after this one meets it as it is now
                 return
-            names = {model.id for model in models if model.parent is None and model.root == self._met.model.root}  # adapters name the first of them as their parent
+            # Adapters name the first of its names as their parent, whichever is used here.
+            names = {model.id for model in models if model.parent is None and model.root == self._met.model.root}
             self._there(tuple(model.id for model in models if model.parent in names))
             for load in loads_of(page, self.card.total_blocks or 0):
                 self._context.load(load)
