@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -25,6 +26,9 @@ from dynamo_core.routing.contract import Worker
 from dynamo_core.types import Request
 
 log = logging.getLogger(__name__)
+
+LAST = 1.0
+"""Seconds that a prefill worker has to end its stream after its answer."""
 
 
 @attrs.frozen
@@ -100,15 +104,30 @@ class DisaggregatedStream(HandoverStream):
             leg.end(outcome)  # pyright: ignore[reportArgumentType]
 
 
+async def _let_end(stream: Any) -> None:
+    """It has said all that matters. A worker that then hangs holds nobody up."""
+    try:
+        async with asyncio.timeout(LAST):
+            while await stream.read():
+                pass
+    except (TimeoutError, StreamError):
+        stream.cancel()
+
+
 async def _read_prefill(stream: Any, received: Any) -> Prefilled:
     transfer: dict[str, Any] | None = None
     cached: int | None = None
+    finished = False
     while outputs := await stream.read():
         for output in outputs:
             cached = output.cached_tokens if output.cached_tokens is not None else cached
             transfer = output.transfer or transfer
             if output.token_ids:
                 received(len(output.token_ids), output.cached_tokens)
+            finished = finished or output.finish_reason is not None
+        if finished and transfer is not None:
+            await _let_end(stream)
+            break
     if transfer is None:
         raise StreamError("the prefill worker did not say where the blocks are")
     return Prefilled(transfer, cached)

@@ -175,8 +175,9 @@ class TokenStream:
         if self._lost_at is None and (begun or not isinstance(error, WorkerOverloaded)):
             self._lost_at = started
         # Who had a worker waits for another one, full ones included; who comes new to a full fleet is told at once.
-        patient = self._lost_at is not None
-        deadline = (self._lost_at or started) + (0.0 if self.elsewhere and not self._emitted else self._settings.wait)
+        elsewhere = self.elsewhere and not self._emitted
+        patient = self._lost_at is not None and not elsewhere
+        deadline = (self._lost_at or started) + (0.0 if elsewhere else self._settings.wait)
         cause: DynamoError = error
         while True:
             if self._context.cancelled:

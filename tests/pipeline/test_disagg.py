@@ -13,8 +13,9 @@ import pytest
 from dynamo_core.config.schema import Disaggregation, Queue, Router, Use
 from dynamo_core.context import Context
 from dynamo_core.errors import AllBusy, Cancelled, Unavailable
+from dynamo_core.pipeline import disagg
 from dynamo_core.testing.cluster import Cluster, read_all
-from dynamo_core.types import Hints, Request
+from dynamo_core.types import Hints, Request, Stops
 
 PROMPT = list(range(300, 520))
 
@@ -292,3 +293,44 @@ async def test_a_client_that_left_is_not_given_another_decode_worker_when_the_fi
         with pytest.raises(Cancelled):
             await reading
         assert not other
+
+
+async def test_a_prefill_worker_that_hangs_after_its_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disagg, "LAST", 0.05)
+    expected = await alone()
+    async with fleet("prefill", "decode") as cluster:
+        engine: Any = cluster.worker(0).engine
+
+        class Hangs(Watched):
+            async def generate(self, request: Request, context: Any) -> AsyncIterator[Any]:
+                async for output in engine.generate(request, context):
+                    yield output
+                await asyncio.Event().wait()
+
+        cluster.worker(0).engine = Hangs(engine)  # type: ignore[assignment]
+        async with asyncio.timeout(20):
+            generation = await cluster.generate(PROMPT, max_tokens=20)
+            assert (await read_all(generation))[1] == expected
+        assert roles(generation) == ["prefill", "decode"]
+        await idle(cluster)
+
+
+async def test_who_has_another_place_to_go_still_tries_each_decode_worker_here() -> None:
+    async with fleet("decode", "decode", slow=50.0, max_requests=1) as cluster:
+        model: Any = cluster.catalog.get("sim")
+        requests = [Request(id=f"r{i}", model="sim", token_ids=PROMPT, stops=Stops(max_tokens=20), transfer={"tokens": len(PROMPT)}) for i in range(2)]
+        streams = [model.tokens(request, Context(request.id), "decode") for request in requests]
+        decode = model.dispatcher("decode")
+        for stream in streams:
+            stream.elsewhere = True
+        await streams[0].start()
+        await streams[0].read()
+        taken = streams[0].workers[0]
+        other = next(worker for worker in decode.router.workers if decode.label(worker) != taken)
+        decode.router.inhibit(other, 0.02, "so that the full one is asked first")
+        await streams[1].start()
+        await asyncio.sleep(0.03)
+        assert await streams[1].read()
+        assert streams[1].workers == [taken, decode.label(other)]
+        for stream in streams:
+            stream.cancel("enough")
