@@ -14,7 +14,10 @@ from dynamo_core.pipeline.contract import Model
 
 async def all_models(service: Service, request: Request) -> Response:
     await service.authenticate(request.scope["headers"])
-    entries = [_entry(model, name) for model in service.catalog.models() for name in (model.name, *model.card.aliases)]
+    models = service.catalog.models()
+    names = {model.name: model for model in models}
+    aliases = {name: model for model in models for name in model.card.aliases if name not in names}
+    entries = [_entry(model, name) for name, model in (names | aliases).items()]
     cold = [_cold(name) for name in service.holding.cold()] if service.holding is not None else []
     return reply({"object": "list", "data": entries + cold})
 

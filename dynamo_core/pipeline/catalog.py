@@ -69,7 +69,8 @@ class FleetCatalog:
         self._config = runtime.config
         self._preprocessor = preprocessor
         self._models: dict[str, ServedModel] = {}
-        self._aliases: dict[str, str] = {}
+        self._aliases: dict[str, list[str]] = {}
+        """Names of the models that have this other name; a model may be called so, too."""
         self._building: dict[str, asyncio.Lock] = {}
         self._admitting: dict[_Offer, asyncio.Task[None]] = {}
         self._partings = Partings(runtime, self._gone)
@@ -112,7 +113,7 @@ class FleetCatalog:
     # -------------------------------------------------------------- what the frontend asks
 
     def get(self, name: str) -> ServedModel:
-        model = self._models.get(self._aliases.get(name, name))
+        model = self._named(name)
         if model is None:
             for offer, card in self._announced.items():
                 if name in (card.name, *card.aliases):
@@ -124,6 +125,14 @@ class FleetCatalog:
             refused = next((why for offer, why in self._refused.items() if offer in self._announced and self._announced[offer].name == model.name), None)
             raise Unavailable(missing + (f"; a worker is refused: {refused}" if refused else ""))
         return model
+
+    def _named(self, name: str) -> ServedModel | None:
+        """By its own name before another's alias, and one that can be used before one that cannot."""
+        model = self._models.get(name)
+        if name not in self._aliases or (model is not None and model.not_ready() is None):
+            return model
+        found = [*filter(None, (model, *map(self._models.get, self._aliases[name])))]
+        return next((model for model in found if model.not_ready() is None), found[0] if found else None)
 
     async def settled(self, timeout: float) -> None:
         """Return when every worker that is known now was admitted, or after `timeout` seconds. At once when there is none."""
@@ -265,7 +274,8 @@ class FleetCatalog:
             if model is None:
                 model = self._models[card.name] = await self._build(instance, card)
                 for alias in card.aliases:
-                    self._aliases.setdefault(alias, card.name)
+                    if card.name not in (known := self._aliases.setdefault(alias, [])):
+                        known.append(card.name)
             return model
 
     async def _build(self, instance: Instance, card: ModelCard) -> ServedModel:

@@ -54,6 +54,13 @@ async def test_only_ready_models_are_listed_and_their_birthday_does_not_move(sit
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
 
 
+async def test_an_alias_that_is_a_models_own_name_is_listed_once(site):
+    other = FakeModel("org/name/with-slashes")
+    site.catalog.every.append(other)
+    listed = (await site.client.get("/v1/models")).json()["data"]
+    assert [(entry["id"], entry["root"]) for entry in listed] == [("m", "m"), ("org/name/with-slashes", "org/name/with-slashes")]
+
+
 async def test_model_ids_may_contain_slashes(each):
     response = await each.client.get("/v1/models/org/name/with-slashes")
     assert (response.json()["id"], response.json()["root"]) == ("org/name/with-slashes", "m")

@@ -75,6 +75,31 @@ async def test_a_worker_that_disagrees_is_refused_by_name_and_admitted_when_the_
         assert cluster.model.card.chat_template == "{{ 'something else' }}"
 
 
+async def test_a_name_that_is_also_an_alias_is_that_of_the_model_itself_and_either_may_leave() -> None:
+    async with Cluster.up(workers=1) as cluster:
+        first = cluster.worker(0)
+        await first.withdraw()
+        await until(lambda: not cluster.catalog.models())
+        cluster.catalog._models.clear()
+        assert first.card is not None
+        first.card = msgspec.structs.replace(first.card, aliases=("parrot", "bird"))
+        await first._announce()
+        await cluster.wait_ready(1)
+        assert [cluster.catalog.get(name).name for name in ("echo", "parrot", "bird")] == ["echo"] * 3
+        second = cluster.worker(await cluster.add(served_name="parrot"))
+        await until(lambda: len(cluster.catalog.models()) == 2)
+        assert cluster.catalog.get("parrot").name == "parrot"
+        await second.withdraw()
+        await until(lambda: len(cluster.catalog.models()) == 1)
+        assert cluster.catalog.get("parrot").name == "echo"
+        await first.withdraw()
+        await second._announce()
+        await until(lambda: [model.name for model in cluster.catalog.models()] == ["parrot"])
+        assert cluster.catalog.get("parrot").name == "parrot"
+        with pytest.raises(Unavailable, match="no worker of model 'echo' is registered"):
+            cluster.catalog.get("bird")
+
+
 async def test_a_worker_without_a_tokenizer_is_named_and_its_model_is_starting() -> None:
     async with Cluster.up(workers=1) as cluster:
         other = cluster.worker(await cluster.add(served_name="bare"))
