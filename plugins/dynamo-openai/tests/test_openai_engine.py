@@ -376,6 +376,18 @@ async def test_a_server_that_returns_as_another_one_ends_its_worker_so_that_the_
         await engine.stop()
 
 
+async def test_a_server_that_is_back_with_another_key_says_so(wire: Any, make_engine: Callable[..., Any]) -> None:
+    async with wire.serving() as server:
+        engine = make_engine(server)
+        await engine.start(EngineContext())
+        server.api_key = "s3cret"
+        await until(engine.problems, "refused")
+        assert engine.problems()["server"].startswith(f"{server.url} refuses to say which models it has (401)")
+        server.api_key = None
+        await until(lambda: not engine.problems(), "found")
+        await engine.stop()
+
+
 async def test_a_model_that_the_operator_named_is_waited_for(wire: Any, make_engine: Callable[..., Any]) -> None:
     worker = Worker()
     async with wire.serving(names=["wire", "other"]) as server:

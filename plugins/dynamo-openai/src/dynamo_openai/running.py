@@ -97,8 +97,11 @@ class Running:
                 page = await self._met.server.metrics()
             except Slow:
                 return  # a busy server is not a dead one; the worker's canary tells
-            except (Unreachable, ConfigError) as e:
+            except Unreachable as e:
                 self._lost(f"{self._met.server.url} does not answer: {e}")
+                return
+            except ConfigError as e:
+                self._lost(str(e))
                 return
             if all(model.id != self._met.model.id for model in models) and self._met.named:
                 self._lost(f"{self._met.server.url} no longer serves {self._met.model.id!r}")
