@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from dynamo_core.cards import ModelCard
-from dynamo_core.config.schema import Router, Use
+from dynamo_core.config.schema import Queue, Router, Use
 from dynamo_core.context import Context
 from dynamo_core.events.contract import Event
 from dynamo_core.kv import Hasher
@@ -205,3 +205,20 @@ async def test_nonsense_of_another_frontend_breaks_nothing(item):
 async def test_a_message_that_is_no_bookings_at_all_does_not_end_the_subscription(payload):
     replicas = Replicas(SimpleNamespace(id=1, on_new_lease=lambda again: None))  # type: ignore[arg-type]
     replicas._take("backend", Event(2, 0, "dynamo/backend/bookings", payload))
+
+
+async def test_blocks_that_one_frontend_has_fetched_are_no_prefill_for_the_other_either():
+    slow = Use("sim", {"role": "decode", "transfer_ms": 60_000.0})
+    router = Router(use=Use("least-loaded"), queue=Queue(prefill_tokens=0))
+    async with Cluster.up(workers=1, engine=slow, router=router) as cluster, second_frontend(cluster) as other:
+        request = Request(id="r", model="sim", token_ids=list(range(65, 165)), stops=Stops(max_tokens=2), transfer={"tokens": 100})
+        stream = cluster.catalog.offered()["sim"].tokens(request, Context("r"), "decode")
+        await stream.start()
+
+        def facts() -> dict[str, float]:
+            return other.offered()["sim"].dispatcher("decode").router.status()[0]["facts"]
+
+        await until(lambda: facts()[IN_FLIGHT.name] == 1)
+        assert facts()[BOOKED_PREFILL_TOKENS.name] == 0
+        stream.cancel("enough")
+        await until(lambda: facts()[IN_FLIGHT.name] == 0)
