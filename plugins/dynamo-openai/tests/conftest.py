@@ -15,6 +15,7 @@ import pytest
 from dynamo_core.engines import byte_tokenizer
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE))  # for what tests here share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

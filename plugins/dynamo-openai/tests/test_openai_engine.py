@@ -1,65 +1,23 @@
-"""The engine and its server: how they meet, what a request becomes, what trouble becomes, and how a server is lost and found."""
+"""The engine and its server: how they meet, what a request becomes, and what trouble becomes."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
-import msgspec
 import pytest
+from openai_asking import PROMPT, Worker, ask, request, until
 
-from dynamo_core.cards import ModelCard
 from dynamo_core.config import Secret
 from dynamo_core.context import Context
-from dynamo_core.contracts.engine_answers import replay_kv_events
 from dynamo_core.ending import ended
-from dynamo_core.engines import BlocksCleared, EngineContext, KvEvent
+from dynamo_core.engines import EngineContext
 from dynamo_core.errors import ConfigError, DynamoError, EngineDead, EngineFailed, RequestError, WorkerOverloaded
 from dynamo_core.testing.servers import Authority, free_port
-from dynamo_core.types import Guided, Hints, Load, Output, Request, Sampling, Stops
-
-PROMPT = list(b"Hello, world! How are you?" * 3)
-
-
-@attrs.define
-class Worker:
-    """What the engine's worker hears."""
-
-    offers: list[list[ModelCard]] = attrs.field(factory=list)
-    events: list[KvEvent] = attrs.field(factory=list)
-    loads: list[Load] = attrs.field(factory=list)
-    phases: list[str] = attrs.field(factory=list)
-    deaths: list[str] = attrs.field(factory=list)
-
-    @property
-    def context(self) -> EngineContext:
-        return EngineContext(offer=lambda cards: self.offers.append(list(cards)), kv_events=lambda events, rank: self.events.extend(events), load=self.loads.append,
-                             progress=lambda phase, fraction: self.phases.append(phase), died=self.deaths.append)  # fmt: skip
-
-
-def request(tokens: int = 5, prompt: list[int] | None = None, **more: Any) -> Request:
-    more = {"sampling": Sampling(temperature=0.0), "stops": Stops(max_tokens=tokens, ignore_eos=True), **more}
-    return Request(id="r", model="m", token_ids=prompt or PROMPT, **more)
-
-
-async def ask(engine: Any, asked: Request) -> list[Output]:
-    async with asyncio.timeout(20):
-        return [output async for output in engine.generate(asked, Context(asked.id, traceparent="00-aa-bb-01"))]
-
-
-async def until(condition: Callable[[], Any], what: str) -> None:
-    try:
-        async with asyncio.timeout(20):
-            while not condition():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"never {what}") from None
-
+from dynamo_core.types import Guided, Hints, Sampling, Stops
 
 # ------------------------------------------------------------------ how they meet
 
@@ -309,167 +267,3 @@ async def test_a_stream_that_falls_silent_ends_with_stop(wire: Any, make_engine:
         await engine.stop()
         with pytest.raises(EngineDead, match="was stopped"):
             await asking
-
-
-# ------------------------------------------------------------------ lost and found
-
-
-async def test_a_lost_server_leaves_discovery_and_returns_when_it_answers_again(wire: Any, make_engine: Callable[..., Any]) -> None:
-    worker = Worker()
-    async with wire.serving(step=0.01) as server:
-        engine = make_engine(server)
-        card = await engine.start(worker.context)
-        asking = asyncio.create_task(ask(engine, request(400)))
-        await until(lambda: server.running, "asked")
-        await server.stop()
-        with pytest.raises(EngineDead, match="broke the stream"):
-            await asking
-        await until(lambda: worker.offers == [[]], "withdrawn")
-        with pytest.raises(EngineDead):
-            await engine.probe()
-        assert "server" in engine.problems()
-        await server.start()
-        await until(lambda: worker.offers == [[], [card]], "offered again")
-        await engine.probe()
-        assert await ask(engine, request())
-        assert engine.problems() == {}
-        await engine.stop()
-
-
-async def test_a_probe_finds_the_server_before_the_next_look(wire: Any, make_engine: Callable[..., Any]) -> None:
-    worker = Worker()
-    async with wire.serving() as server:
-        engine = make_engine(server, poll_interval=60)
-        await engine.start(worker.context)
-        await server.stop()
-        with pytest.raises(EngineDead):
-            await engine.probe()
-        with pytest.raises(EngineDead):
-            await ask(engine, request())
-        await until(lambda: worker.offers == [[]], "withdrawn")
-        await server.start()
-        await engine.probe()
-        assert await ask(engine, request())
-        await engine.stop()
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [({"max_model_len": 64}, "now serves '/models/wire' with 64 tokens"), ({"root": "/models/other"}, "now serves '/models/other'"), ({"names": ["other"]}, "no longer serves 'wire'")],
-)
-async def test_a_server_that_returns_as_another_one_ends_its_worker_so_that_the_next_meets_it_anew(
-    wire: Any, make_engine: Callable[..., Any], change: dict[str, Any], said: str
-) -> None:
-    worker = Worker()
-    async with wire.serving() as server:
-        engine = make_engine(server)
-        await engine.start(worker.context)
-        await server.stop()
-        await until(engine.problems, "lost")
-        for name, value in change.items():
-            setattr(server, name, value)
-        await server.start()
-        await until(lambda: worker.deaths, "told apart")
-        assert said in worker.deaths[0]
-        with pytest.raises(EngineDead, match=re.escape(said)):
-            await ask(engine, request())
-        await engine.stop()
-
-
-async def test_a_server_that_is_back_with_another_key_says_so(wire: Any, make_engine: Callable[..., Any]) -> None:
-    async with wire.serving() as server:
-        engine = make_engine(server)
-        await engine.start(EngineContext())
-        server.api_key = "s3cret"
-        await until(engine.problems, "refused")
-        assert engine.problems()["server"].startswith(f"{server.url} refuses to say which models it has (401)")
-        server.api_key = None
-        await until(lambda: not engine.problems(), "found")
-        await engine.stop()
-
-
-async def test_a_model_that_the_operator_named_is_waited_for(wire: Any, make_engine: Callable[..., Any]) -> None:
-    worker = Worker()
-    async with wire.serving(names=["wire", "other"]) as server:
-        engine = make_engine(server, model="wire")
-        await engine.start(worker.context)
-        server.names.remove("wire")
-        await until(lambda: "no longer serves 'wire'" in engine.problems().get("server", ""), "missed")
-        server.names.append("wire")
-        await until(lambda: not engine.problems(), "found")
-        assert not worker.deaths
-        await engine.stop()
-
-
-async def test_adapters_are_models_of_their_own_as_long_as_the_server_has_them(wire: Any, make_engine: Callable[..., Any]) -> None:
-    worker = Worker()
-    async with wire.serving(adapters=["sql"]) as server:
-        engine = make_engine(server)
-        card = await engine.start(worker.context)
-        assert "lora" in card.capabilities
-        assert [(offered.name, offered.adapter) for offered in worker.offers[-1]] == [("wire", None), ("sql", "sql")]
-        assert await ask(engine, request(adapter="sql")) != await ask(engine, request())
-        server.adapters.clear()
-        await until(lambda: [offered.name for offered in worker.offers[-1]] == ["wire"], "gone")
-        with pytest.raises(RequestError):
-            await ask(engine, request(adapter="sql"))
-        await engine.stop()
-
-
-async def test_adapters_are_found_whichever_of_its_names_the_base_model_is_served_by(wire: Any, make_engine: Callable[..., Any]) -> None:
-    worker = Worker()
-    async with wire.serving(names=["big", "large"], adapters=["sql"]) as server:
-        engine = make_engine(server, model="large")
-        await engine.start(worker.context)
-        assert [offered.name for offered in worker.offers[-1]] == ["large", "sql"]
-        await engine.stop()
-
-
-async def test_load_is_told_for_each_rank(wire: Any, make_engine: Callable[..., Any]) -> None:
-    worker = Worker()
-    async with wire.serving(ranks=2, step=0.01) as server:
-        engine = make_engine(server, poll_interval=0.02)
-        await engine.start(worker.context)
-        asking = asyncio.create_task(ask(engine, request(200)))
-        await until(lambda: any(load.running == 1 and load.kv_used_blocks == 10 and load.kv_total_blocks == 1000 for load in worker.loads), "busy")
-        assert {load.dp_rank for load in worker.loads} == {0, 1}
-        asking.cancel()
-        await until(lambda: worker.loads[-2].running == 0, "idle")
-        await engine.stop()
-
-
-async def test_kv_events_are_followed_without_a_word_from_the_operator_and_forgotten_with_the_server(wire: Any, make_engine: Callable[..., Any]) -> None:
-    worker = Worker()
-    async with wire.serving(kv=(free_port(), free_port())) as server:
-        engine = make_engine(server)
-        card = await engine.start(worker.context)
-        assert card.kv_events
-        await ask(engine, request(prompt=PROMPT))
-        await ask(engine, request(prompt=[*PROMPT, *PROMPT], cache_salt="tenant"))
-        await until(lambda: len(worker.events) == 2, "told")
-        assert PROMPT[:64] in replay_kv_events(worker.events, card.block_size)
-        assert [getattr(event, "cache_salt", None) for event in worker.events] == [None, "tenant"]
-        await server.stop()
-        await until(engine.problems, "lost")
-        await server.start()
-        await until(lambda: BlocksCleared() in worker.events, "forgotten")
-        await until(lambda: not engine.problems(), "back")
-        await ask(engine, request(prompt=PROMPT))
-        await until(lambda: worker.events[-1] != BlocksCleared(), "told again")
-        assert PROMPT[:64] in replay_kv_events(worker.events[worker.events.index(BlocksCleared()) :], card.block_size)
-        await engine.stop()
-
-
-async def test_kv_events_can_be_left_alone(wire: Any, make_engine: Callable[..., Any]) -> None:
-    async with wire.serving(kv=(free_port(), free_port())) as server:
-        engine = make_engine(server, kv_events="off")
-        assert not (await engine.start(EngineContext())).kv_events
-        await engine.stop()
-
-
-async def test_the_card_survives_the_wire(wire: Any, make_engine: Callable[..., Any]) -> None:
-    async with wire.serving() as server:
-        engine = make_engine(server)
-        card = await engine.start(EngineContext())
-        await engine.stop()
-    assert msgspec.json.decode(msgspec.json.encode(card), type=ModelCard) == card
