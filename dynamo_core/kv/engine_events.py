@@ -135,7 +135,10 @@ class EngineEvents:
         self._ignored_groups: set[int] = set()
 
     def read(self, message: bytes) -> list[KvEvent]:
-        """:raises ValueError: the message is not understood; `msgspec.MsgspecError` is one. :raises OverflowError: a token is negative."""
+        """:raises ValueError: the message is not understood; `msgspec.MsgspecError` is one. :raises OverflowError: a token is negative.
+
+        :raises RecursionError: it is nested without end.
+        """
         events: list[KvEvent] = []
         for event in _decoded(message):
             match event:

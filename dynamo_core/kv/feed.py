@@ -136,7 +136,7 @@ class KvFeed:
         self._next, self._last = number + 1, batch
         try:
             events = self._events.read(batch)
-        except (ValueError, TypeError, OverflowError) as e:
+        except (ValueError, TypeError, OverflowError, RecursionError) as e:
             self._strange = f"batch {number} is not understood: {e}"
             self._forget(self._strange)
             return

@@ -302,6 +302,17 @@ async def test_batches_that_nobody_understands_are_named(line: tuple[Publisher, 
     assert feed.problem() == ""
 
 
+async def test_a_batch_that_is_nested_without_end_stops_nothing(line: tuple[Publisher, KvFeed, Heard]) -> None:
+    publisher, feed, heard = line
+    await feed.open()
+    batch = b"\x93\xcb" + bytes(8) + b"\x91\x82\xa4type\xa7Another\xa1x" + b"\x91" * 100_000 + b"\xc0\x00"
+    publisher.kept, publisher.next = [(0, batch)], 1
+    await publisher.pub.send_multipart([b"", bytes(8), batch])
+    await until(lambda: "batch 0 is not understood" in feed.problem())
+    await publisher.publish(stored(2))
+    await until(lambda: [2] in hashes(heard))
+
+
 @pytest.mark.parametrize("answer", [[b"hello"], [b"", b"", b"5", b"batch"], [b"", b"", b"\xff" * 20, b"batch"]])
 async def test_what_answers_in_place_of_a_replay_is_named_and_the_feed_goes_on_without(tmp_path: Path, answer: list[bytes]) -> None:
     endpoints, heard = line_of(tmp_path), Heard()
