@@ -158,7 +158,7 @@ class BootstrapStream(HandoverStream):
         if not error.migratable and self._fallback:
             self._alone = True
             error = Disconnected(f"prefill could not be done: {error}")
-        await self._move(error if isinstance(error, StreamError) else PeerLost(str(error)))
+        await self._move(error if isinstance(error, StreamError) and not error.migratable else PeerLost(str(error)))
 
     async def _arrival(self) -> None:
         assert self._leg is not None

@@ -221,7 +221,7 @@ class TokenStream:
             return "such an error would come back elsewhere"
         if self._settings.limit == 0:
             return "migration is off (migration.limit)"
-        if self._request.hints.instance is not None:
+        if self._request.hints.instance is not None and not isinstance(error, PeerLost):
             return "it was pinned to that worker"
         if self._emitted and self._request.sampling.n > 1:
             return "several choices cannot be continued"

@@ -15,7 +15,7 @@ from dynamo_core.cards import Handover, ModelCard
 from dynamo_core.config.schema import Disaggregation, Use
 from dynamo_core.errors import RequestError, Unavailable
 from dynamo_core.testing.cluster import Cluster, read_all
-from dynamo_core.types import Request
+from dynamo_core.types import Hints, Request
 
 PROMPT = list(range(300, 520))
 PAIR = ("prefill", "decode")
@@ -125,6 +125,19 @@ async def test_a_prefill_worker_that_dies_costs_a_new_pair_and_decode_is_not_bla
         await cluster.kill(0 if cluster.worker(0).admission.in_flight else 1)
         assert (await read_all(generation))[1] == expected
         assert roles(generation) == ["prefill", "decode", "prefill", "decode"]
+
+
+async def test_a_request_that_is_pinned_to_a_decode_worker_stays_there_when_its_prefill_worker_dies() -> None:
+    expected = await alone()
+    async with fleet("prefill", "prefill", "decode", "decode", slow=40.0) as cluster:
+        pinned = cluster.worker(3)
+        generation = await cluster.generate(PROMPT, max_tokens=20, hints=Hints(instance=pinned.runtime.id))
+        await until(lambda: any(cluster.worker(i).admission.in_flight for i in (0, 1)))
+        await cluster.kill(0 if cluster.worker(0).admission.in_flight else 1)
+        assert (await read_all(generation))[1] == expected
+        assert roles(generation) == ["prefill", "decode", "prefill", "decode"]
+        records = [cluster.catalog.decision(id) for id in generation.decisions]
+        assert [record["worker"][0] for record in records[1::2] if record] == [pinned.runtime.id] * 2
 
 
 async def test_when_the_only_prefill_worker_dies_decode_reads_the_prompt_itself() -> None:
