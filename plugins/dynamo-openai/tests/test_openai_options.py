@@ -16,7 +16,12 @@ from dynamo_core.errors import ConfigError
     [
         ({"url": "gpu1:8000"}, "must be the address of a server"),
         ({"url": "http://user:key@gpu1:8000"}, "must be the address of a server"),
+        ({"url": "http://gpu1:80000"}, "must be the address of a server"),
+        ({"url": "http://gpu1:port"}, "must be the address of a server"),
         ({"kv_events": "gpu1:5557"}, "'kv_events' must be an address"),
+        ({"kv_events": "tcp://*:5557"}, "'kv_events' must be an address to call"),
+        ({"kv_events": "tcp://gpu1"}, "'kv_events' must be an address"),
+        ({"kv_events": "tcp://gpu1:5557", "kv_replay": "tcp://*:5558"}, "'kv_replay' must be an address"),
         ({"kv_replay": "tcp://gpu1:5558"}, "of no use without 'kv_events'"),
         ({"kv_events": "off", "kv_replay": "tcp://gpu1:5558"}, "of no use without 'kv_events'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from urllib.parse import urlsplit
 
@@ -19,17 +20,22 @@ from dynamo_openai.meeting import Options, meet
 from dynamo_openai.running import Running
 
 _HEARTBEAT = 2.0
+_ZMQ = re.compile(r"tcp://[^\s/*]+:\d{1,5}|ipc://.+")
 
 
 def _is_url(engine: OpenAIEngine, attribute: object, value: str) -> None:
     parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+    try:
+        reached = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not (parts.query or parts.username)
+    except ValueError:
+        reached = False  # its port is none
+    if not reached:
         raise ValueError(f"'url' must be the address of a server, such as http://gpu1:8000: {value!r}")
 
 
 def _is_zmq(engine: OpenAIEngine, attribute: attrs.Attribute[str | None], value: str | None) -> None:
-    if value is not None and not value.startswith(("tcp://", "ipc://")) and not (attribute.name == "kv_events" and value == "off"):
-        raise ValueError(f"'{attribute.name}' must be an address such as tcp://gpu1:5557: {value!r}")
+    if value is not None and not _ZMQ.fullmatch(value.replace("{rank}", "0")) and not (attribute.name == "kv_events" and value == "off"):
+        raise ValueError(f"'{attribute.name}' must be an address to call, such as tcp://gpu1:5557: {value!r}")
     if attribute.name == "kv_replay" and value is not None and engine.kv_events in (None, "off"):
         raise ValueError("'kv_replay' is of no use without 'kv_events'")
 
