@@ -92,10 +92,13 @@ async def test_a_server_that_is_back_with_another_key_says_so(wire: Any, make_en
         await engine.stop()
 
 
-async def test_a_model_that_the_operator_named_is_waited_for(wire: Any, make_engine: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("names", "options"), [(["wire", "other"], {"model": "wire"}), (["wire"], {})], ids=["another-is-there", "none-is-there"])
+async def test_a_model_that_the_operator_named_is_waited_for_and_so_is_any(
+    wire: Any, make_engine: Callable[..., Any], names: list[str], options: dict[str, str]
+) -> None:
     worker = Worker()
-    async with wire.serving(names=["wire", "other"]) as server:
-        engine = make_engine(server, model="wire")
+    async with wire.serving(names=names, metrics=False) as server:
+        engine = make_engine(server, **options)
         await engine.start(worker.context)
         server.names.remove("wire")
         await until(lambda: "no longer serves 'wire'" in engine.problems().get("server", ""), "missed")

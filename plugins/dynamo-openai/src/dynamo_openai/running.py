@@ -103,7 +103,7 @@ class Running:
             except ConfigError as e:
                 self._lost(str(e))
                 return
-            if all(model.id != self._met.model.id for model in models) and self._met.named:
+            if all(model.id != self._met.model.id for model in models) and (self._met.named or not models):
                 self._lost(f"{self._met.server.url} no longer serves {self._met.model.id!r}")
                 return
             if (other := self._other(models, page)) is not None:
