@@ -116,6 +116,21 @@ async def test_a_selected_request_is_booked_as_one_that_is_sent_and_its_words_co
         assert it.metric("dynamo_router_reservations_ended_total", outcome="done") == 1
 
 
+async def test_a_worker_that_only_fetches_what_another_one_reads_has_nothing_to_prefill():
+    async with Cluster.up(workers=0, engine="sim", router=ONE_AT_A_TIME) as cluster:
+        service = RouterService(cluster.catalog, cluster.registry, silence=60.0)
+        for role in ("prefill", "decode"):
+            await cluster.add(engine=Use("sim", {"role": role, "block_size": 16}), name=role)
+        await until(lambda: cluster.catalog.models() and cluster.catalog.not_ready() is None)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=router_app(service)), base_url="http://router") as http:
+            for role, waiting in (("prefill", 160), ("decode", 0)):
+                assert (await http.post("/select", json={"request_id": role, "token_ids": PROMPT, "role": role})).status_code == 200
+                (row,) = cluster.catalog.models()[0].dispatcher(role).router.status()
+                assert (row["facts"]["bookings.prefill_tokens"], row["facts"]["bookings.blocks"]) == (waiting, 10)
+            # Behind a queue that lets in one prompt at a time, the next one is not held up.
+            assert (await http.post("/select", json={"request_id": "two", "token_ids": PROMPT, "role": "decode"})).status_code == 200
+
+
 async def test_it_is_booked_to_the_same_worker_with_the_same_figures_as_if_it_were_dispatched():
     async with site(options={"delay": 0.5}) as it:
         first = await it.service.select(Question(request_id="warm", token_ids=PROMPT), Context("warm"))

@@ -159,9 +159,11 @@ class RouterService:
 
     def _asked(self, question: Question, model: ServedModel, request_id: str | None = None) -> RoutingRequest:
         check_token_ids(model.card, question.token_ids)
+        role = question.role or model.roles()[0]
         return RoutingRequest(
-            request_id or question.request_id, model.name, question.token_ids, len(question.token_ids), question.role or model.roles()[0], question.hints,
+            request_id or question.request_id, model.name, question.token_ids, len(question.token_ids), role, question.hints,
             adapter=question.adapter, cache_salt=question.cache_salt, max_tokens=question.max_tokens,
+            prefills=role not in ("decode", "encode"),  # who asks for these has somebody else read the prompt
         )
 
     def endpoints(self) -> dict[str, EndpointHandler]:
