@@ -102,7 +102,7 @@ class Admin:
 
 @attrs.frozen
 class Hold:
-    """Requests for a model that has no worker now wait for one: a fleet that is scaled to zero is woken by them."""
+    """Requests for a model that has no worker now, or none that has not just failed, wait for one: a fleet that is scaled to zero is woken by them."""
 
     limit: int = attrs.field(default=100, validator=v.ge(1))
     """Requests that may wait, of all models; one more is answered 529."""

@@ -111,8 +111,8 @@ class Endpoint:
         try:
             return await _start(job, context)
         except Unavailable:
-            # The last worker may have left since the model was found.
-            if self._service.holding is None or job.model.not_ready() is None:
+            # The last worker may have left since the model was found, or have died and be on its way out.
+            if self._service.holding is None or (job.model.not_ready() is None and job.model.lost() is None):
                 raise
         await self._wait(job.model.name)
         return await _start(job, context)

@@ -90,6 +90,10 @@ class Model(Protocol):
         """What is still missing, in a sentence, or `None`."""
         ...
 
+    def lost(self) -> str | None:
+        """Why nobody can take a request now although workers are registered: all of them have just failed. `None` when somebody is well."""
+        ...
+
     async def start(self, request: Request, text: TextOptions, context: Context) -> Generation:
         """Check, route and dispatch. :raises DynamoError: nothing was sent to the client yet, so the status is still free."""
         ...
@@ -144,7 +148,7 @@ class Chained(Protocol):
 
 @runtime_checkable
 class Holding(Protocol):
-    """Where requests wait for a model that has no worker."""
+    """Where requests wait for a model that has no worker, or none that is well."""
 
     def known(self, name: str) -> str | None:
         """The model's own name, if it is one that requests may wait for."""

@@ -1,4 +1,4 @@
-"""Requests for models that have no worker now: they wait here for the first one, bounded in number and time, and the fleet is told.
+"""Requests for models that have no worker now, or none that is well: they wait here, bounded in number and time, and the fleet is told.
 
 A model is known when a worker has offered it to this frontend before, or when somebody who can start workers of it says so (`ColdModel`).
 """
@@ -27,7 +27,7 @@ from dynamo_core.runtime.runtime import Runtime
 log = logging.getLogger(__name__)
 
 PAUSE = 0.2
-"""Seconds between two writes of the demand: a crowd is one record and not a thousand writes."""
+"""Seconds between two writes of the demand: a crowd is one record and not a thousand writes. And between two looks at workers that have failed."""
 
 
 class HoldingRoom:
@@ -97,8 +97,13 @@ class HoldingRoom:
                     except (Unavailable, RequestError):
                         await self._turn(model)
                     else:
-                        outcome = "served"
-                        return served
+                        if served.lost() is None:
+                            outcome = "served"
+                            return served
+                        # They are forgiven without an event.
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(PAUSE):
+                                await self._turn(model)
         except TimeoutError:
             outcome = "timeout"
             raise Unavailable(self._why(name, model), retry_after=self._settings.retry_after) from None
@@ -122,9 +127,11 @@ class HoldingRoom:
 
     def _why(self, name: str, model: str) -> str:
         try:
-            self._catalog.get(name)
+            lost = self._catalog.get(name).lost()
         except DynamoError as e:
             return f"model {model!r} has no worker, and none came within {self._settings.max_wait:g} s: {e}"
+        if lost is not None:
+            return f"{lost}; nobody took their place within {self._settings.max_wait:g} s"
         return f"model {model!r} has a worker only now"
 
     def _count(self, model: str) -> None:

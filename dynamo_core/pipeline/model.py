@@ -152,6 +152,12 @@ class ServedModel:
             return f"model {self.name!r} has only {roles} workers, and they need {wanted} workers beside them"
         return f"model {self.name!r} has only {roles} workers; an aggregated or a decode worker is missing"
 
+    def lost(self) -> str | None:
+        able = [dispatcher.router for role, dispatcher in self.dispatchers.items() if role in ("aggregated", "decode") and dispatcher.instances]
+        if not able or not all(router.all_lost() for router in able):
+            return None
+        return f"every worker of model {self.name!r} failed a moment ago and is avoided (migration.inhibit)"
+
     # -------------------------------------------------------------- requests
 
     async def start(self, request: Request, text: TextOptions, context: Context) -> Generation:

@@ -123,6 +123,12 @@ class Roster(Sources):
             member.inhibited_until, member.why, member.busy = until, why, busy
             self._say_health(worker)
 
+    def all_lost(self) -> bool:
+        """Whether nobody is well, and somebody was until it failed a request a moment ago."""
+        now = self._clock()
+        lost = {worker for worker, m in self._members.items() if m.inhibited_until > now and not m.busy}
+        return bool(lost) and all(worker in lost or m.draining or not m.proven for worker, m in self._members.items())
+
     def _say_health(self, worker: Worker) -> None:
         m = self._members[worker]
         self._changed()

@@ -28,6 +28,7 @@ path = "{path}"
 port = {port}
 processes = {frontends}
 drain_timeout = 10
+{frontend}
 
 [migration]
 limit = 3
@@ -56,7 +57,8 @@ class Load:
     failures: Counter[str] = attrs.field(factory=Counter)
     running: bool = True
 
-    async def ask(self, client: httpx.AsyncClient, prompt: str) -> tuple[str, int]:
+    async def ask(self, client: httpx.AsyncClient, prompt: str, begun: Callable[[], object] = lambda: None) -> tuple[str, int]:
+        """The text and the number of tokens; -1 and what was wrong. :param begun: called with each part of the text."""
         body = {"model": "sim", "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
         text, tokens = "", -1
         async with client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
@@ -68,6 +70,7 @@ class Load:
                     if "error" in event:
                         return f"error event: {event['error']['message']}", -1
                     text += "".join(choice["text"] for choice in event["choices"])
+                    begun()
                     tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
         return text, tokens
 
@@ -90,12 +93,32 @@ class Load:
             except httpx.HTTPError as e:
                 self.failures[f"{type(e).__name__}: {e}"] += 1
                 continue
-            if text != self.expected[prompt]:
-                self.failures["wrong text" if tokens >= 0 else text] += 1
-            elif tokens != self.tokens:
-                self.failures[f"usage says {tokens} tokens"] += 1
-            else:
-                self.done += 1
+            self.check(prompt, text, tokens)
+
+    def check(self, prompt: str, text: str, tokens: int) -> None:
+        if text != self.expected[prompt]:
+            self.failures["wrong text" if tokens >= 0 else text] += 1
+        elif tokens != self.tokens:
+            self.failures[f"usage says {tokens} tokens"] += 1
+        else:
+            self.done += 1
+
+    async def once(self, fault: Callable[[], None]) -> None:
+        """One request on each lane, and the fault while all of them are being answered."""
+        begun = [asyncio.Event() for _ in range(self.streams)]
+
+        async def one(number: int) -> None:
+            prompt = list(self.expected)[number % len(self.expected)]
+            async with httpx.AsyncClient(timeout=60.0) as client:
+                self.check(prompt, *await self.ask(client, prompt, begun[number].set))
+
+        async with asyncio.TaskGroup() as lanes:
+            for number in range(self.streams):
+                lanes.create_task(one(number))
+            async with asyncio.timeout(60):
+                for each in begun:
+                    await each.wait()
+            fault()
 
     @contextlib.asynccontextmanager
     async def under_way(self) -> AsyncGenerator[Load]:
@@ -136,9 +159,9 @@ def field(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]):
     """`async with field(workers=4, frontends=2) as running:` starts a stack and waits until it is ready."""
 
     @contextlib.asynccontextmanager
-    async def up(*, workers: int, frontends: int, worker: str = "") -> AsyncGenerator[Field]:
+    async def up(*, workers: int, frontends: int, worker: str = "", frontend: str = "") -> AsyncGenerator[Field]:
         path = tmp_path / "stack.toml"
-        path.write_text(STACK.format(path=tmp_path / "discovery", port=unused_tcp_port_factory(), workers=workers, frontends=frontends, worker=worker))
+        path.write_text(STACK.format(path=tmp_path / "discovery", port=unused_tcp_port_factory(), workers=workers, frontends=frontends, worker=worker, frontend=frontend))
         plugins = Plugins.load()
         config = load(path, plugins=plugins)
         said: list[str] = []

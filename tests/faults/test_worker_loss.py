@@ -24,11 +24,23 @@ async def test_killing_any_worker_fails_no_request(field, load_class) -> None:
 @pytest.mark.slow
 async def test_killing_the_only_worker_only_delays_its_requests(field, load_class) -> None:
     async with field(workers=1, frontends=1) as running:
+        load = load_class(running.url, streams=8, tokens=300)
+        await load.learn(4)
+        # Only requests that had the worker: what comes new is answered 503 while nobody is there, unless `frontend.hold` is set.
+        await load.once(lambda: os.kill(running.children("backend")[0].process.pid, signal.SIGKILL))
+        assert dict(load.failures) == {}
+        assert load.done == 8
+
+
+@pytest.mark.slow
+async def test_with_hold_the_loss_of_the_only_worker_delays_new_requests_as_well(field, load_class) -> None:
+    async with field(workers=1, frontends=1, frontend="[frontend.hold]") as running:
         load = load_class(running.url, streams=8, tokens=60)
         await load.learn(4)
         async with load.under_way():
-            await load.until_done(10)
-            os.kill(running.children("backend")[0].process.pid, signal.SIGKILL)
+            for _ in range(2):
+                await load.until_done(10)
+                os.kill(running.children("backend")[0].process.pid, signal.SIGKILL)
             await load.until_done(30)
         assert dict(load.failures) == {}
 

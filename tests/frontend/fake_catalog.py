@@ -107,6 +107,9 @@ class FakeModel:
     def not_ready(self) -> str | None:
         return self.missing
 
+    def lost(self) -> str | None:
+        return None
+
     async def start(self, request: Request, text: TextOptions, context: Context) -> FakeGeneration:
         check_token_ids(self.card, request.token_ids)
         self.starts.append((request, text, context))

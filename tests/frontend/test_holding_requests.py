@@ -37,6 +37,11 @@ class Place:
             while self.held() != count:
                 await asyncio.sleep(0.01)
 
+    def fail(self, seconds: float, *, busy: bool = False) -> None:
+        """What the frontend does with its only worker when a request to it has failed, or was turned away."""
+        router = next(iter(self.cluster.catalog.offered().values())).dispatcher("aggregated").router
+        router.inhibit(router.workers[0], seconds, "it failed", busy=busy)
+
     async def empty(self) -> None:
         await self.cluster.drain(0)
         async with asyncio.timeout(10):
@@ -115,3 +120,34 @@ async def test_a_frontend_is_ready_for_the_first_request_of_a_cold_model_and_for
             assert (await waiting).status_code == 200
             assert "status" not in (await it.client.get("/v1/models/echo")).json()
             await cold.close()
+
+
+async def test_a_request_that_comes_just_after_the_only_worker_failed_waits_for_the_next_one() -> None:
+    async with place() as it:
+        it.fail(30.0)
+        waiting = asyncio.create_task(it.ask())
+        await it.until_held(1)
+        await it.cluster.add()
+        assert (await waiting).status_code == 200
+
+
+async def test_a_request_that_waits_for_a_worker_that_failed_goes_on_when_it_is_forgiven() -> None:
+    async with place() as it:
+        it.fail(1.0)
+        assert (await it.ask()).status_code == 200
+        assert it.registry.get_sample_value("dynamo_frontend_held_total", {"model": "echo", "outcome": "served"}) == 1
+
+
+async def test_nobody_waits_for_workers_that_are_merely_full() -> None:
+    async with place() as it:
+        it.fail(30.0, busy=True)
+        assert (await it.ask()).status_code == 529
+        assert it.held() == 0
+
+
+async def test_who_waits_in_vain_for_a_worker_that_failed_is_told_so() -> None:
+    async with place(max_wait=0.3, retry_after=9.0) as it:
+        it.fail(30.0)
+        answer = await it.ask()
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "9")
+        assert "failed a moment ago" in answer.json()["error"]["message"]
