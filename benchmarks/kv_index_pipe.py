@@ -37,6 +37,7 @@ from dynamo_core.routing.contract import Worker
 from dynamo_core.routing.router import Router
 from dynamo_core.routing.stack import build_stack
 from dynamo_core.runtime import names
+from dynamo_core.runtime.process import collect_rarely, new_event_loop
 from dynamo_core.runtime.relay import KvRelay
 from dynamo_core.runtime.runtime import Runtime
 from dynamo_core.types import Instance
@@ -175,12 +176,12 @@ async def _relaying(runtime: Runtime, size: int) -> AsyncGenerator[KvRelay]:
 
 
 def consume(how: str, where: str, size: int, store: Choice) -> None:
-    import uvloop
-
     if store == "python":
         # A process without `dynamo-kv-native`.
         hashing.name_blocks, engine_events.read_tokens = None, engine_events.plain_tokens
-    uvloop.run((_raw if how == "raw" else _edge)(where, size, store))
+    collect_rarely()
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run((_raw if how == "raw" else _edge)(where, size, store))
 
 
 async def _relay(blocks: int, size: int, store: Choice) -> tuple[float, float]:

@@ -70,7 +70,7 @@ class Chains:
             except (TypeError, ValueError, OverflowError):
                 self.malformed += 1
         out, self._out = self._out, []
-        return [Change(op, level, np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), np.uint64)) for op, level, parts in out]  # pyright: ignore[reportArgumentType]
+        return [Change(op, level, _together(parts)) for op, level, parts in out]
 
     def picture(self) -> list[Change]:
         """Everything that is present, as additions."""
@@ -222,6 +222,13 @@ class Chains:
             self._out[-1][2].append(keys)
         else:
             self._out.append((op, level, [keys]))
+
+
+def _together(parts: list[array[int] | Keys]) -> Keys:
+    if len(parts) == 1:
+        only = parts[0]
+        return only if isinstance(only, np.ndarray) else np.frombuffer(only, np.uint64)
+    return np.frombuffer(b"".join(parts), np.uint64)  # pyright: ignore[reportArgumentType]
 
 
 def _signed(hashes: Sequence[Hash]) -> bool:

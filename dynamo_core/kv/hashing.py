@@ -80,7 +80,10 @@ class Hasher:
         if type(token_ids) is Prehashed:
             return token_ids.keys_of(width)
         if name_blocks is not None and not content:
-            tokens = array("Q", token_ids) if type(token_ids) is list else np.ascontiguousarray(token_ids, _U)
+            if type(token_ids) is list:
+                tokens = array("Q", token_ids)
+            else:
+                tokens = token_ids if type(token_ids) is array and token_ids.typecode == "Q" else np.ascontiguousarray(token_ids, _U)
             return np.frombuffer(keys, _U) if (keys := name_blocks(tokens, self._per_token, self._per_depth, parent)) else _EMPTY
         tokens = np.frombuffer(array("Q", token_ids), _U) if type(token_ids) is list else np.asarray(token_ids, _U)
         start = _swapped(parent) if parent else 0

@@ -46,14 +46,18 @@ def run_role(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
             _end_with_parent(int(parent))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
-        # What exists after start-up lives for ever: keep the collector from walking it again and again.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
+        collect_rarely()
         return await main(stop)
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(body())
+
+
+def collect_rarely() -> None:
+    """What exists after start-up lives for ever: keep the collector of cycles from walking it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def raise_file_limit() -> None:
