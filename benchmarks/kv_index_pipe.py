@@ -28,7 +28,7 @@ from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Config, Kv, Secret, Use
 from dynamo_core.config.schema import Router as RouterConfig
 from dynamo_core.engines.contract import BlocksStored
-from dynamo_core.kv import engine_events, hashing
+from dynamo_core.kv import blocks, chains, engine_events, hashing
 from dynamo_core.kv.feed import KvFeed
 from dynamo_core.pipeline.feeds import EventFeeds
 from dynamo_core.pipeline.surroundings import Attachments
@@ -178,7 +178,7 @@ async def _relaying(runtime: Runtime, size: int) -> AsyncGenerator[KvRelay]:
 def consume(how: str, where: str, size: int, store: Choice) -> None:
     if store == "python":
         # A process without `dynamo-kv-native`.
-        hashing.name_blocks, engine_events.read_tokens = None, engine_events.plain_tokens
+        hashing.name_blocks, engine_events.read_tokens, chains.Blocks = None, engine_events.plain_tokens, blocks.Blocks
     collect_rarely()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run((_raw if how == "raw" else _edge)(where, size, store))

@@ -32,7 +32,7 @@ class BlocksStored:
     """KV blocks that the engine can now reuse, one chain: block i+1 follows block i."""
 
     hashes: Sequence[int | bytes]
-    """The engine's own hashes, opaque."""
+    """The engine's own: 64-bit numbers, signed or not; of longer ones and of bytes, the last 64 bits count. `array("Q")` is fastest."""
     parent: int | bytes | None
     """Hash of the block before the first; `None` at the start of a prompt."""
     token_ids: Sequence[int]

@@ -3,6 +3,8 @@
 Engines store blocks in runs, one below the other, and evict them from the end. So that is how they are kept: a block leads to its run, which
 says its key and what follows it. Links are kept only where a run does not say it: between runs, at branches, and for *ghosts*, blocks that
 are gone while blocks below them are still there.
+
+`dynamo-kv-native` has the same, compiled: a process that follows engines itself spends a sixth less where it is installed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import attrs
 
 from dynamo_core.kv.prehashed import Keys
 
-Hash = int | bytes
+Hash = int
+"""64 bits."""
 
 _LENGTH = 64
 """Blocks of a run at most: one is found in it by looking at all."""
@@ -62,19 +65,19 @@ class Blocks:
             found.append(child)
         return found
 
-    def keys(self, without: Collection[Hash]) -> array[int]:
-        """Of all blocks but some."""
+    def keys(self, without: Collection[Hash]) -> bytes:
+        """Of all blocks but some, 8 bytes each in this machine's order."""
         found = array("Q")
         for run in set(self._runs.values()):
             if not without and not run.holes:
                 found += run.keys
                 continue
             found.extend(key for h, key in zip(run.hashes, run.keys, strict=True) if h not in without and self._runs.get(h) is run)
-        return found
+        return found.tobytes()
 
     # -------------------------------------------------------------- changes
 
-    def store(self, hashes: Sequence[Hash], parent: Hash | None, keys: Keys) -> bool:
+    def store(self, hashes: array[Hash], parent: Hash | None, keys: Keys) -> bool:
         """Blocks, one below the other. False, and nothing has changed, where one of them is here or a ghost, or comes twice. :param parent: is here."""
         runs, count = self._runs, len(hashes)
         if not runs.keys().isdisjoint(hashes) or not self._next.keys().isdisjoint(hashes):

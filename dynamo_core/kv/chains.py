@@ -16,12 +16,19 @@ import attrs
 import numpy as np
 
 from dynamo_core.engines.contract import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
-from dynamo_core.kv.blocks import Blocks, Hash
+from dynamo_core.kv import blocks as plain
+from dynamo_core.kv.blocks import Hash
 from dynamo_core.kv.hashing import Hasher, Keys, digest_of
 from dynamo_core.kv.wire import LEVELS, Change, Op
 
+try:
+    from dynamo_kv_native import Blocks
+except ImportError:
+    Blocks = plain.Blocks
+
 ABSENT = len(LEVELS)
 """The level of what cannot be reached."""
+_64_BITS = 0xFFFF_FFFF_FFFF_FFFF
 _LEVEL_OF = {name: level for level, name in enumerate(LEVELS)}
 
 
@@ -78,7 +85,7 @@ class Chains:
         for h, odd in self._odd.items():
             if odd.level != ABSENT:
                 keys[odd.level].append(self._blocks.key(h))
-        keys[0].extend(self._blocks.keys(self._odd))
+        keys[0].frombytes(self._blocks.keys(self._odd))
         return [Change(Op.ADD, level, np.frombuffer(found, np.uint64)) for level, found in enumerate(keys) if found]
 
     def _apply(self, event: KvEvent) -> None:
@@ -87,17 +94,15 @@ class Chains:
             case BlocksStored():
                 self._stored(event)
             case BlocksRemoved():
-                frozenset(event.hashes)  # Raises before anything is changed, not halfway.
-                self._removed([_plain(h) for h in event.hashes] if _signed(event.hashes) else event.hashes, _LEVEL_OF.get(event.tier, 3))
+                self._removed(_numbers(event.hashes), _LEVEL_OF.get(event.tier, 3))
             case BlocksCleared():
                 self._cleared()
 
     # -------------------------------------------------------------- stored
 
     def _stored(self, event: BlocksStored) -> None:
-        hashes, parent, level = event.hashes, event.parent, _LEVEL_OF.get(event.tier, 3)
-        if _signed(hashes) or (isinstance(parent, int) and parent < 0):
-            hashes, parent = [_plain(h) for h in hashes], None if parent is None else _plain(parent)
+        hashes, level = _numbers(event.hashes), _LEVEL_OF.get(event.tier, 3)
+        parent = None if event.parent is None else _number(event.parent)
         size = self.hasher.block_size
         if not len(event.token_ids):
             self._stored_again(hashes, level)
@@ -116,19 +121,23 @@ class Chains:
             return
         if parent is None:
             start = self.hasher.root(event.adapter, event.cache_salt)
-        elif parent not in self._blocks or parent in hashes:
-            self.unlinked += len(hashes)
-            return
         else:
-            start = self._blocks.key(parent)
+            try:
+                start = self._blocks.key(parent)
+            except KeyError:
+                self.unlinked += len(hashes)
+                return
         content = [(block, digest_of(d)) for block, digests in enumerate(event.media) for d in digests]
         keys = self.hasher.keys(event.token_ids if isinstance(event.token_ids, list | array) else list(event.token_ids), start, content)
         if hashes := hashes[: len(keys)]:
             self._link(hashes, parent, keys, level)
 
-    def _link(self, hashes: Sequence[Hash], parent: Hash | None, keys: Keys, level: int) -> None:
+    def _link(self, hashes: array[int], parent: Hash | None, keys: Keys, level: int) -> None:
         if level == 0 and (parent is None or parent not in self._odd) and self._blocks.store(hashes, parent, keys):
             self._emit(Op.ADD, 0, keys)
+            return
+        if parent is not None and parent in hashes:
+            self.unlinked += len(hashes)
             return
         for i, h in enumerate(hashes):
             above = 0 if parent is None else self._level(parent)
@@ -138,7 +147,7 @@ class Chains:
             self._count(h, level, 1)
             parent = h
 
-    def _stored_again(self, hashes: Sequence[Hash], level: int) -> None:
+    def _stored_again(self, hashes: array[int], level: int) -> None:
         """Copies of blocks that are known already; engines that move blocks between tiers report them without tokens."""
         for h in hashes:
             if h in self._blocks:
@@ -148,7 +157,7 @@ class Chains:
 
     # -------------------------------------------------------------- removed
 
-    def _removed(self, hashes: Sequence[Hash], level: int) -> None:
+    def _removed(self, hashes: array[int], level: int) -> None:
         if level or (self._odd and not self._odd.keys().isdisjoint(hashes)):
             for h in hashes:
                 if h in self._blocks:
@@ -231,10 +240,20 @@ def _together(parts: list[array[int] | Keys]) -> Keys:
     return np.frombuffer(b"".join(parts), np.uint64)  # pyright: ignore[reportArgumentType]
 
 
-def _signed(hashes: Sequence[Hash]) -> bool:
-    return bool(hashes) and isinstance(hashes[0], int) and min(hashes) < 0  # pyright: ignore[reportOperatorIssue]
+def _numbers(hashes: Sequence[int | bytes]) -> array[int]:
+    """:raises TypeError: something else is among them."""
+    if type(hashes) is array and hashes.typecode == "Q":
+        return hashes
+    try:
+        return array("Q", hashes)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except (TypeError, OverflowError):
+        return array("Q", [_number(h) for h in hashes])
 
 
-def _plain(h: Hash) -> Hash:
-    """Some engines write 64-bit hashes as signed numbers in one place and as unsigned ones in another."""
-    return h + 2**64 if isinstance(h, int) and h < 0 else h
+def _number(h: int | bytes) -> int:
+    """Some engines write 64-bit hashes as signed numbers in one place and as unsigned ones in another. Longer ones are cut as engines cut them themselves."""
+    if isinstance(h, int):
+        return h & _64_BITS
+    if isinstance(h, bytes):
+        return int.from_bytes(h[-8:], "big")
+    raise TypeError(f"{h!r} is no hash of a block")

@@ -3,8 +3,8 @@
 A message is msgpack: `[time, [event, ...], data-parallel rank]`. An event is a map with its kind in `type`, or, from older engines, an
 array that begins with it. Kinds and fields that are not known here are skipped.
 
-Nearly all of the work is the tokens of stored blocks: as Python numbers they would take longer to make than everything else that is done
-with them. Where `dynamo-kv-native` is installed they never become numbers.
+Nearly all of the work is the tokens and hashes of stored blocks: as Python numbers they would take longer to make than everything else that
+is done with them. Where `dynamo-kv-native` is installed they never become numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FULL = ("full_attention", "mla_attention", None)
 
 
 class _Stored(msgspec.Struct, gc=False, tag_field="type", tag="BlockStored"):
-    block_hashes: list[Hash]
+    block_hashes: msgspec.Raw
     parent_block_hash: Hash | None
     token_ids: msgspec.Raw
     block_size: int
@@ -46,7 +46,7 @@ class _Stored(msgspec.Struct, gc=False, tag_field="type", tag="BlockStored"):
 
 
 class _Removed(msgspec.Struct, gc=False, tag_field="type", tag="BlockRemoved"):
-    block_hashes: list[Hash]
+    block_hashes: msgspec.Raw
     medium: str | None = None
     group_idx: int | None = None
 
@@ -125,6 +125,17 @@ except ImportError:
     read_tokens = plain_tokens
 
 
+_hashes = msgspec.msgpack.Decoder(list[Hash]).decode
+
+
+def _read_hashes(message: msgspec.Raw) -> Sequence[Hash]:
+    """:raises ValueError: they are neither numbers nor bytes."""
+    try:
+        return array("Q", read_tokens(message))
+    except (ValueError, OverflowError):
+        return _hashes(message)
+
+
 class EngineEvents:
     """Reads the messages of one rank, in order. Remembers which blocks hang below a salted one: only the first block of a prompt names its salt."""
 
@@ -147,9 +158,10 @@ class EngineEvents:
                         events.append(self._stored(event))
                 case _Removed():
                     if event.group_idx not in self._ignored_groups:
-                        for block in event.block_hashes if self._salts else ():
+                        hashes = _read_hashes(event.block_hashes)
+                        for block in hashes if self._salts else ():
                             self._salts.pop(block, None)
-                        events.append(BlocksRemoved(event.block_hashes, _TIERS.get(event.medium, "external")))
+                        events.append(BlocksRemoved(hashes, _TIERS.get(event.medium, "external")))
                 case _Cleared():
                     self._salts.clear()
                     events.append(BlocksCleared())
@@ -162,7 +174,7 @@ class EngineEvents:
         return False
 
     def _stored(self, event: _Stored) -> BlocksStored:
-        hashes, parent, adapter = event.block_hashes, event.parent_block_hash, event.lora_name
+        hashes, parent, adapter = _read_hashes(event.block_hashes), event.parent_block_hash, event.lora_name
         if event.cache_salt is not None:
             salt = event.cache_salt
         else:

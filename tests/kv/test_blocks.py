@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import defaultdict
 
 import numpy as np
@@ -39,12 +40,12 @@ def agree(blocks: Blocks, model: Model, known: set[int]) -> None:
         assert len(children) == len(set(children))
         assert set(children) == below[h]
     without = set(list(model.key)[::3])
-    assert sorted(blocks.keys(without)) == sorted(key for h, key in model.key.items() if h not in without)
+    assert sorted(array("Q", blocks.keys(without))) == sorted(key for h, key in model.key.items() if h not in without)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_history_leaves_the_blocks_that_a_plain_model_has(seed: int) -> None:
-    rng, blocks, model = random.Random(seed), Blocks(), Model()
+def test_every_history_leaves_the_blocks_that_a_plain_model_has(seed: int, make_blocks: type[Blocks]) -> None:
+    rng, blocks, model = random.Random(seed), make_blocks(), Model()
     known: set[int] = set()
     fresh = iter(range(1, 10**6))
     lengths = [1, 1, 2, 5, 64, 65, 200] if seed % 2 else [1, 1, 2, 3]
@@ -52,7 +53,7 @@ def test_every_history_leaves_the_blocks_that_a_plain_model_has(seed: int) -> No
         here, gone = list(model.key), [h for h in known if h not in model.key]
         if rng.random() < 0.5 or not here:
             parent = rng.choice(here) if here and rng.random() < 0.8 else None
-            hashes = [next(fresh) for _ in range(rng.choice(lengths))]
+            hashes = array("Q", [next(fresh) for _ in range(rng.choice(lengths))])
             keys = np.array([h * 7 for h in hashes], np.uint64)
             assert blocks.store(hashes, parent, keys)
             for h, above in zip(hashes, [parent, *hashes], strict=False):
@@ -63,7 +64,7 @@ def test_every_history_leaves_the_blocks_that_a_plain_model_has(seed: int) -> No
             parent = model.parent[h]
             if parent is None or parent in model.key:
                 if h in model.ghosts():
-                    assert not blocks.store([h], parent, np.array([h * 7], np.uint64)), "a ghost is stored one by one"
+                    assert not blocks.store(array("Q", [h]), parent, np.array([h * 7], np.uint64)), "a ghost is stored one by one"
                 blocks.store_one(h, parent, h * 7)
                 model.key[h] = h * 7
         else:
@@ -80,11 +81,11 @@ def test_every_history_leaves_the_blocks_that_a_plain_model_has(seed: int) -> No
         agree(blocks, model, known)
 
 
-def test_blocks_that_are_here_or_come_twice_change_nothing() -> None:
-    blocks = Blocks()
-    assert blocks.store([1, 2], None, np.array([10, 20], np.uint64))
+def test_blocks_that_are_here_or_come_twice_change_nothing(make_blocks: type[Blocks]) -> None:
+    blocks = make_blocks()
+    assert blocks.store(array("Q", [1, 2]), None, np.array([10, 20], np.uint64))
     for hashes in ([2], [3, 1], [3, 3], [3, 4, 3], [*range(3, 100), 50]):
-        assert not blocks.store(hashes, 2, np.arange(len(hashes), dtype=np.uint64))
+        assert not blocks.store(array("Q", hashes), 2, np.arange(len(hashes), dtype=np.uint64))
         assert (len(blocks), blocks.children(2)) == (2, [])
     with pytest.raises(KeyError):
         blocks.drop(3)

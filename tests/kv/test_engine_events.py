@@ -37,7 +37,7 @@ def salts(events: Sequence[KvEvent]) -> list[str | None]:
 
 def test_a_stored_block_has_all_that_the_contract_asks_for() -> None:
     (event,) = read(stored(7, 8, parent=6, lora_name="sql"))
-    assert event == BlocksStored([7, 8], 6, array("Q", range(8)), "device", "sql", block_size=4)
+    assert event == BlocksStored(array("Q", [7, 8]), 6, array("Q", range(8)), "device", "sql", block_size=4)
 
 
 def test_a_salt_is_known_for_every_block_below_the_first() -> None:
@@ -74,7 +74,7 @@ def test_media_are_known_by_how_their_names_begin() -> None:
 def test_blocks_of_sliding_windows_say_nothing_about_prefixes_and_are_left_out() -> None:
     events = read(stored(1), stored(7, group_idx=1, kv_cache_spec_kind="sliding_window"), removed(7, group=1), removed(1, medium="CPU"),
                   {"type": "AllBlocksCleared"}, {"type": "SomethingNew", "with": [1]})  # fmt: skip
-    assert events[1:] == [BlocksRemoved([1], "host"), BlocksCleared()]
+    assert events[1:] == [BlocksRemoved(array("Q", [1]), "host"), BlocksCleared()]
     assert isinstance(events[0], BlocksStored)
 
 
@@ -96,7 +96,7 @@ def test_events_in_arrays_say_the_same() -> None:
     as_array = read(["BlockStored", [1, 2], 9, list(range(8)), 4, None, "GPU", "sql", [["sql", "a"], None]], ["BlockRemoved", [1], "GPU"], ["AllBlocksCleared"])
     short = EngineEvents().read(encode([1.0, [["BlockStored", [1], None, [1, 2, 3, 4], 4, None, "GPU"], ["Unknown", {}, 2]]]))
     assert as_array == as_map
-    assert short == [BlocksStored([1], None, array("Q", [1, 2, 3, 4]), block_size=4)]
+    assert short == [BlocksStored(array("Q", [1]), None, array("Q", [1, 2, 3, 4]), block_size=4)]
 
 
 @pytest.mark.parametrize("event", [

@@ -13,7 +13,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1]
 ROUTER = FOLDER.parent / "dynamo-kv-router" / "tests"
-EVENTS = [FOLDER.parents[2] / "tests" / "kv" / name for name in ("test_engine_events.py", "test_hashing.py")]
+EVENTS = [FOLDER.parents[2] / "tests" / "kv" / name for name in ("test_engine_events.py", "test_hashing.py", "test_blocks.py", "test_chains.py")]
 CHECKS = ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 MACROS = ["-DPy_LIMITED_API=0x030B0000", "-DPY_SSIZE_T_CLEAN=1"]
 RUN = """
@@ -38,7 +38,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory):
     shutil.copytree(FOLDER / "src" / "dynamo_kv_native", where / "dynamo_kv_native", ignore=shutil.ignore_patterns("*.so"))
     package = where / "dynamo_kv_native"
     command = ["gcc", *CHECKS, *MACROS, "-std=c11", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}"]
-    for part in ("_store", "_tokens", "_names"):
+    for part in ("_store", "_blocks", "_tokens", "_names"):
         built = subprocess.run([*command, str(package / f"{part}.c"), "-o", str(package / f"{part}.abi3.so")], capture_output=True, text=True, timeout=120)
         if "fatal error: Python.h" in built.stderr:
             pytest.skip("Python.h is not here")
