@@ -178,7 +178,7 @@ async def _relaying(runtime: Runtime, size: int) -> AsyncGenerator[KvRelay]:
 def consume(how: str, where: str, size: int, store: Choice) -> None:
     if store == "python":
         # A process without `dynamo-kv-native`.
-        hashing.name_blocks, engine_events.read_tokens, chains.Blocks = None, engine_events.plain_tokens, blocks.Blocks
+        hashing.name_blocks, engine_events.pack_numbers, chains.Blocks = None, None, blocks.Blocks
     collect_rarely()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run((_raw if how == "raw" else _edge)(where, size, store))

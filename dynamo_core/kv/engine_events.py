@@ -10,7 +10,7 @@ is done with them. Where `dynamo-kv-native` is installed they never become numbe
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -112,28 +112,33 @@ def _known(raw: msgspec.Raw) -> _Stored | _Removed | _Cleared | None:
 
 
 _numbers = msgspec.msgpack.Decoder(list[int]).decode
-
-
-def plain_tokens(message: Any, /) -> bytes:
-    """`dynamo_kv_native.read_tokens` without a compiler. :raises ValueError: no array of whole numbers. :raises OverflowError: one is negative."""
-    return array("Q", _numbers(message)).tobytes()
-
+_hashes = msgspec.msgpack.Decoder(list[Hash]).decode
+_PACKED, _HEAD = 0xC6, 5
+"""How numbers begin that `pack_numbers` has packed, and where the first of them is."""
 
 try:
-    from dynamo_kv_native import read_tokens
+    from dynamo_kv_native import pack_numbers
 except ImportError:
-    read_tokens = plain_tokens
+    pack_numbers: Callable[[bytes], bytes] | None = None
 
 
-_hashes = msgspec.msgpack.Decoder(list[Hash]).decode
+def _tokens_of(raw: msgspec.Raw) -> array[int]:
+    """:raises ValueError: no array of whole numbers. :raises OverflowError: one is negative."""
+    return found if (found := _unpacked(raw)) is not None else array("Q", _numbers(raw))
 
 
-def _read_hashes(message: msgspec.Raw) -> Sequence[Hash]:
+def _hashes_of(raw: msgspec.Raw) -> Sequence[Hash]:
     """:raises ValueError: they are neither numbers nor bytes."""
-    try:
-        return array("Q", read_tokens(message))
-    except (ValueError, OverflowError):
-        return _hashes(message)
+    return found if (found := _unpacked(raw)) is not None else _hashes(raw)
+
+
+def _unpacked(raw: msgspec.Raw) -> array[int] | None:
+    view = memoryview(raw)
+    if view[0] != _PACKED:
+        return None
+    found = array("Q")
+    found.frombytes(view[_HEAD:])
+    return found
 
 
 class EngineEvents:
@@ -151,14 +156,14 @@ class EngineEvents:
         :raises RecursionError: it is nested without end.
         """
         events: list[KvEvent] = []
-        for event in _decoded(message):
+        for event in _decoded(message if pack_numbers is None else pack_numbers(message)):
             match event:
                 case _Stored():
                     if self._counts(event):
                         events.append(self._stored(event))
                 case _Removed():
                     if event.group_idx not in self._ignored_groups:
-                        hashes = _read_hashes(event.block_hashes)
+                        hashes = _hashes_of(event.block_hashes)
                         for block in hashes if self._salts else ():
                             self._salts.pop(block, None)
                         events.append(BlocksRemoved(hashes, _TIERS.get(event.medium, "external")))
@@ -174,16 +179,15 @@ class EngineEvents:
         return False
 
     def _stored(self, event: _Stored) -> BlocksStored:
-        hashes, parent, adapter = _read_hashes(event.block_hashes), event.parent_block_hash, event.lora_name
+        hashes, parent, adapter = _hashes_of(event.block_hashes), event.parent_block_hash, event.lora_name
         if event.cache_salt is not None:
             salt = event.cache_salt
         else:
             salt = self._salts.get(parent) if parent is not None else self._salt(event)
             if salt is not None:
                 self._salts |= dict.fromkeys(hashes, salt)
-        tokens = array("Q", read_tokens(event.token_ids))
         media = self._digests(event) if event.extra_keys else ()
-        return BlocksStored(hashes, parent, tokens, _TIERS.get(event.medium, "external"), adapter, salt, media, event.block_size)
+        return BlocksStored(hashes, parent, _tokens_of(event.token_ids), _TIERS.get(event.medium, "external"), adapter, salt, media, event.block_size)
 
     def _salt(self, event: _Stored) -> str | None:
         keys = (event.extra_keys or [None])[0] or ()

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import msgspec
 import pytest
 from hypothesis import given
@@ -115,29 +116,48 @@ def test_a_message_that_is_no_batch_is_an_error(message: bytes) -> None:
         EngineEvents().read(message)
 
 
-# ------------------------------------------------------------------ tokens, compiled and plain
+# ------------------------------------------------------------------ numbers, packed by dynamo-kv-native and plain
 
-TOKENS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 300) | st.sampled_from([127, 128, 255, 256, 65535, 65536, 2**31, 2**32 - 1, 2**32, 2**63]))
-
-
-@pytest.fixture(scope="module", params=["plain", "compiled"])
-def read_tokens(request: pytest.FixtureRequest) -> Any:
-    if request.param == "plain":
-        return engine_events.plain_tokens
-    return pytest.importorskip("dynamo_kv_native", reason="dynamo-kv-native was not compiled", exc_type=ImportError).read_tokens
-
-
-@given(tokens=TOKENS)
-def test_tokens_come_as_they_were_sent(read_tokens: Any, tokens: list[int]) -> None:
-    assert array("Q", read_tokens(encode(tokens))).tolist() == tokens
+NUMBERS = st.integers(0, 2**64 - 1) | st.integers(0, 300) | st.sampled_from([127, 128, 255, 256, 65535, 65536, 2**31, 2**32 - 1, 2**32, 2**63])
+ODD = st.none() | st.integers(-(2**63), -1) | st.floats(allow_nan=False) | st.text(max_size=3) | st.binary(max_size=40) | st.lists(st.integers(0, 9), max_size=3)
+FIELDS = st.lists(NUMBERS, max_size=40) | st.lists(NUMBERS | ODD, max_size=4) | ODD
+STORED = st.builds(
+    lambda hashes, parent, tokens, more: {"type": "BlockStored", "block_hashes": hashes, "parent_block_hash": parent, "token_ids": tokens, "block_size": 4} | more,
+    FIELDS, st.none() | NUMBERS, FIELDS, st.dictionaries(st.sampled_from(["lora_id", "extra_keys", "medium", "token", "x"]), ODD | FIELDS, max_size=2),
+)
+FINE = st.builds(lambda hashes, tokens: stored(*hashes, token_ids=tokens), st.lists(NUMBERS, max_size=40), st.lists(NUMBERS, max_size=40))
+EVENTS = FINE | STORED | STORED.map(lambda event: list(event.values())) | st.builds(lambda hashes: {"type": "BlockRemoved", "block_hashes": hashes}, FIELDS) | FIELDS
+MESSAGES = st.builds(lambda events, rest: encode([1.0, events, *rest]), st.lists(FINE, max_size=3) | st.lists(EVENTS, max_size=4), st.lists(ODD, max_size=2))
 
 
-@given(junk=st.binary(max_size=60) | st.builds(lambda tokens, cut: encode(tokens)[:-cut], st.lists(st.integers(0, 2**40), min_size=1), st.integers(1, 8)))
-def test_junk_is_refused_as_the_plain_reader_refuses_it(read_tokens: Any, junk: bytes) -> None:
-    def outcome(reader: Any) -> Any:
+@pytest.fixture(scope="module")
+def pack_numbers():
+    return pytest.importorskip("dynamo_kv_native", reason="dynamo-kv-native was not compiled", exc_type=ImportError).pack_numbers
+
+
+def outcome(message: bytes, pack: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_events, "pack_numbers", pack)
         try:
-            return reader(junk)
-        except (ValueError, OverflowError):
+            events = EngineEvents().read(message)
+        except (ValueError, TypeError, OverflowError):
             return "refused"
+    return [(type(event), *(list(part) if isinstance(part, array) else part for part in attrs.astuple(event, recurse=False))) for event in events]
 
-    assert outcome(read_tokens) == outcome(engine_events.plain_tokens)
+
+@given(tokens=st.lists(NUMBERS, min_size=4))
+def test_numbers_come_as_they_were_sent(tokens: list[int]) -> None:
+    (event,) = read(stored(*tokens[: len(tokens) // 4], token_ids=tokens))
+    assert isinstance(event, BlocksStored)
+    assert (list(event.hashes), list(event.token_ids)) == (tokens[: len(tokens) // 4], tokens)
+
+
+@given(message=MESSAGES | st.binary(max_size=60) | st.builds(lambda message, cut: message[:cut], MESSAGES, st.integers(1, 200)))
+def test_a_message_whose_numbers_are_packed_says_what_it_said_before(pack_numbers: Any, message: bytes) -> None:
+    assert outcome(message, pack_numbers) == outcome(message, None)
+
+
+def test_numbers_are_packed_in_maps_and_in_arrays(pack_numbers: Any) -> None:
+    event = {"type": "BlockStored", "block_hashes": [1, 2**63], "parent_block_hash": None, "token_ids": [*range(300)], "block_size": 4}
+    wanted = event | {"block_hashes": array("Q", [1, 2**63]).tobytes(), "token_ids": array("Q", range(300)).tobytes()}
+    assert msgspec.msgpack.decode(pack_numbers(encode([1.0, [event, [*event.values()]], 7]))) == [1.0, [wanted, [*wanted.values()]], 7]

@@ -38,7 +38,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory):
     shutil.copytree(FOLDER / "src" / "dynamo_kv_native", where / "dynamo_kv_native", ignore=shutil.ignore_patterns("*.so"))
     package = where / "dynamo_kv_native"
     command = ["gcc", *CHECKS, *MACROS, "-std=c11", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}"]
-    for part in ("_store", "_blocks", "_tokens", "_names"):
+    for part in ("_store", "_blocks", "_events", "_names"):
         built = subprocess.run([*command, str(package / f"{part}.c"), "-o", str(package / f"{part}.abi3.so")], capture_output=True, text=True, timeout=120)
         if "fatal error: Python.h" in built.stderr:
             pytest.skip("Python.h is not here")
@@ -60,10 +60,13 @@ def test_all_tests_pass_under_the_sanitizers(sanitized) -> None:
 
 
 @pytest.mark.slow
-def test_a_message_of_tokens_is_never_read_past_its_end(sanitized) -> None:
+def test_a_message_is_never_read_past_its_end(sanitized) -> None:
     """Each message ends where its memory does, so that a byte too much is seen."""
-    lines = ["import msgspec", "from dynamo_kv_native import read_tokens", "whole = msgspec.msgpack.encode([1, 200, 60000, 2**31, 2**63] * 20)"]
-    lines += ["for size in range(len(whole) + 1):", "    try:", "        read_tokens(bytearray(whole[:size]))", "    except ValueError:", "        assert size < len(whole)"]
+    event = "{'type': 'BlockStored', 'block_hashes': [1, -2, b'3'], 'token_ids': [1, 200, 60000, 2**31, 2**63] * 20, 'x': {'y': [None, 'z' * 40, 0.5]}}"
+    lines = ["import msgspec", "from dynamo_kv_native import pack_numbers", f"whole = msgspec.msgpack.encode([1.0, [{event}, [*{event}.values()]], 0])"]
+    lines += ["assert len(pack_numbers(whole)) > len(whole)"]
+    lines += ["for size in range(len(whole) + 1):", "    pack_numbers(bytearray(whole[:size]))"]
+    lines += ["    for byte in (0x80, 0x90, 0xc1, 0xc6, 0xcf, 0xdb, 0xdd, 0xdf, 0xff):", "        pack_numbers(bytearray(whole[:size]) + bytes([byte]) + whole[size + 1 : size + 99])"]
     ran = sanitized("\n".join(lines))
     assert ran.returncode == 0, ran.stderr[-3000:]
 
