@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
+import msgspec
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.config.schema import Config
@@ -27,8 +28,7 @@ from dynamo_core.plugins import Plugins
 from dynamo_core.types import Load, Output, Request
 
 
-@attrs.frozen
-class BlocksStored:
+class BlocksStored(msgspec.Struct, frozen=True):
     """KV blocks that the engine can now reuse, one chain: block i+1 follows block i."""
 
     hashes: Sequence[int | bytes]
@@ -47,14 +47,12 @@ class BlocksStored:
     """Tokens of a block by the engine's own word, where it gives one; the card must agree."""
 
 
-@attrs.frozen
-class BlocksRemoved:
+class BlocksRemoved(msgspec.Struct, frozen=True):
     hashes: Sequence[int | bytes]
     tier: str = "device"
 
 
-@attrs.frozen
-class BlocksCleared:
+class BlocksCleared(msgspec.Struct, frozen=True):
     """The whole cache is gone."""
 
 

@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import msgspec
 import pytest
 from hypothesis import given
@@ -142,7 +141,7 @@ def outcome(message: bytes, pack: Any) -> Any:
             events = EngineEvents().read(message)
         except (ValueError, TypeError, OverflowError):
             return "refused"
-    return [(type(event), *(list(part) if isinstance(part, array) else part for part in attrs.astuple(event, recurse=False))) for event in events]
+    return [(type(event), *(list(part) if isinstance(part, array) else part for part in msgspec.structs.astuple(event))) for event in events]
 
 
 @given(tokens=st.lists(NUMBERS, min_size=4))
