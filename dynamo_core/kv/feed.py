@@ -46,7 +46,8 @@ class KvFeed:
         self._publish = publish
         self._media = media
         self._events = EngineEvents(media)
-        self._context = zmq.Context()
+        # One for the process: a router may follow a hundred engines, and each context has threads of its own.
+        self._context = zmq.Context.instance()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -84,7 +85,8 @@ class KvFeed:
         self._socket.disable_monitor()
         for reader in self._readers:
             reader.close()
-        self._context.destroy(linger=0)
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
 
     def problem(self) -> str:
         """Why nothing may come; empty when all is well."""
