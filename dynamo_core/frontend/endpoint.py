@@ -111,7 +111,7 @@ class Endpoint:
         try:
             return await _start(job, context)
         except Unavailable:
-            # The last worker may have left since the model was found, or have died and be on its way out.
+            # The last worker may have left since the model was found, or all of them may have just failed.
             if self._service.holding is None or (job.model.not_ready() is None and job.model.lost() is None):
                 raise
         await self._wait(job.model.name)

@@ -4,7 +4,7 @@ Engines store blocks in runs, one below the other, and evict them from the end. 
 says its key and what follows it. Links are kept only where a run does not say it: between runs, at branches, and for *ghosts*, blocks that
 are gone while blocks below them are still there.
 
-`dynamo-kv-native` has the same, compiled: a process that follows engines itself spends a sixth less where it is installed.
+`dynamo-kv-native` has the same, compiled.
 """
 
 from __future__ import annotations
