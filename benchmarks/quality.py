@@ -64,6 +64,11 @@ OVERLOAD = {
     "kv-plus, shortest": PATIENT % (QUEUE.prefill_tokens, "shortest", 0),
 }
 """Where more comes than can be served, the order of the queue is what matters."""
+IDEAL = {
+    "kv-plus, one cache": "kv-plus",
+    "kv-plus, answers first, one cache": "kv-plus:slowdown_weight=1,decode_weight=2",
+}
+"""On a fleet whose workers share one cache, which costs nothing to read: a prompt has no better place than another, and load alone decides."""
 LOADS = {"low": 0.12, "middle": 0.24, "high": 0.36, "overload": 0.6}
 BLOCKS = {"polynomial": 16384, "roofline": 6672}
 """KV blocks of 64 tokens: a million tokens, and what an 8-billion-parameter model leaves free on an 80 GB GPU."""
@@ -115,9 +120,10 @@ def rate_for(trace: Trace, options: Options, load: float) -> float:
     return load * options.workers * float(free.max()) / work
 
 
-def run(scenario: Scenario, stack: str, requests: int) -> dict[str, Any]:
+def run(scenario: Scenario, stack: str, requests: int, shared_cache: bool = False) -> dict[str, Any]:
     trace = the_trace(scenario.trace, requests)
-    options = Options(workers=scenario.workers, timing=scenario.timing, limits=Limits(total_blocks=BLOCKS[scenario.timing]))
+    limits = Limits(total_blocks=BLOCKS[scenario.timing])
+    options = Options(workers=scenario.workers, timing=scenario.timing, limits=limits, shared_cache=shared_cache)
     options = attrs.evolve(options, rate=rate_for(trace, options, LOADS[scenario.load]))
     router, plugins = resolve_any(stack)
     outcome = simulate(trace, router, plugins, options)
@@ -173,10 +179,11 @@ def page(results: Results, about: str) -> str:
                 name = f"`{Path(trace).stem}`" if trace else "all"
                 lines += ["", f"| {name} ({len(chosen)}) | " + " | ".join(MEASURES) + " |", "|---|" + "---|" * len(MEASURES)]
                 for stack in chosen[0]:
-                    cells = ["{:.2f} ({:.2f})".format(*mean_ratio(chosen, stack, base, m)) for m in MEASURES]
-                    lines.append(f"| {stack} | " + " | ".join(cells) + " |")
+                    if stack not in IDEAL:
+                        cells = ["{:.2f} ({:.2f})".format(*mean_ratio(chosen, stack, base, m)) for m in MEASURES]
+                        lines.append(f"| {stack} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += [*by_workers(results), *overload(results)]
+    lines += [*ideal(results), *by_workers(results), *overload(results)]
     lines += ["## Every scenario", "", "Milliseconds. Busy: working time of the busiest worker over the mean. Refused: answered 529 by the router's queue.", ""]
     lines += ["| trace | timing | workers | load | rate | stack | " + " | ".join(MEASURES) + " | busy | refused |", "|---|" + "---|" * (len(MEASURES) + 7)]
     for s, by_stack in results.items():
@@ -198,6 +205,20 @@ def goals(results: Results) -> list[str]:
         worst = [value(r["kv-plus"], "TTFT p99") / value(r[base], "TTFT p99") for r in calm]
         worse = sum(ratio > 1.005 for ratio in worst)
         lines.append(f"| TTFT p99 never above `{base}` | 0 of {len(calm)} | {worse} of {len(calm)}, at most {max(worst):.2f} | {'missed' if worse else 'met'} |")
+    return [*lines, ""]
+
+
+def ideal(results: Results) -> list[str]:
+    lines = [
+        "## What placing could bring at most", "",
+        "Here each worker has in its cache what any worker has (`dynamo replay --shared-cache`), so that load alone decides where a request goes best.",
+        f"*Answers first*: `{IDEAL['kv-plus, answers first, one cache']}`. Ratio to `kv, tuned` on the fleet whose workers have caches of their own.", "",
+        "| load, stack | " + " | ".join(MEASURES) + " |", "|---|" + "---|" * len(MEASURES),
+    ]
+    for load in [*(load for load in LOADS if load != "overload"), "all"]:
+        chosen = [r for s, r in results.items() if s.load != "overload" and load in (s.load, "all")]
+        for stack in ("kv-plus", *IDEAL) if chosen else ():
+            lines.append(f"| {load}, {stack} | " + " | ".join(f"{mean_ratio(chosen, stack, 'kv, tuned', m)[0]:.2f}" for m in MEASURES) + " |")
     return [*lines, ""]
 
 
@@ -247,11 +268,11 @@ def main() -> int:
     scenarios = [s for s in scenarios if s.load != "overload" or s.workers == fewest]
     random.Random(SEED).shuffle(scenarios)  # whatever the time allows is then a fair sample
     results: Results = {s: {} for s in scenarios}
-    wanted = [(s, name, stack) for s in scenarios for name, stack in (OVERLOAD if s.load == "overload" else STACKS).items()
+    wanted = [(s, name, stack) for s in scenarios for name, stack in (OVERLOAD if s.load == "overload" else {**STACKS, **IDEAL}).items()
               if not options.brief or name not in ("round-robin", "least-loaded")]
     started = time.monotonic()
     with ProcessPoolExecutor(options.jobs) as pool:
-        tasks = {pool.submit(run, s, stack, options.requests): (s, name) for s, name, stack in wanted}
+        tasks = {pool.submit(run, s, stack, options.requests, name in IDEAL): (s, name) for s, name, stack in wanted}
         for done, task in enumerate(as_completed(tasks), 1):
             if time.monotonic() - started > 60 * options.minutes:
                 pool.shutdown(cancel_futures=True)
@@ -262,7 +283,7 @@ def main() -> int:
             print(f"{done}/{len(tasks)} {time.monotonic() - started:.0f} s  {said}", flush=True)
     planned = {s: sum(s is other for other, _, _ in wanted) for s in scenarios}
     whole = sorted((s for s in scenarios if len(results[s]) == planned[s]), key=lambda s: (names.index(s.trace), s.timing, s.workers, LOADS[s.load]))
-    ordered = {s: {name: results[s][name] for name in dict.fromkeys((*STACKS, *OVERLOAD)) if name in results[s]} for s in whole}
+    ordered = {s: {name: results[s][name] for name in dict.fromkeys((*STACKS, *IDEAL, *OVERLOAD)) if name in results[s]} for s in whole}
     words = " ".join(Path(word).name for word in sys.argv[1:])
     about = f"{time.strftime('%Y-%m-%d')}, {options.requests} requests a trace, {len(whole)} of {len(scenarios)} scenarios"
     about += f"{', those that the time allowed, in random order' if len(whole) < len(scenarios) else ''}; `python -m benchmarks.quality {words}`."

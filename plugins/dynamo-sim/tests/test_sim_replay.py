@@ -80,6 +80,26 @@ def test_kv_routing_finds_more_than_round_robin(plugins: Plugins) -> None:
     assert seeing.ttft_ms.mean < blind.ttft_ms.mean
 
 
+def test_where_all_share_one_cache_it_does_not_matter_who_reads_a_prompt(plugins: Plugins) -> None:
+    trace = chats(300, rate=4.0, seed=7)
+    blind, shared = (replayed(plugins, trace, Use("round-robin"), shared_cache=both)[1] for both in (False, True))
+    seeing, seeing_shared = (replayed(plugins, trace, Use("kv"), shared_cache=both)[1] for both in (False, True))
+    assert shared.hit_rate > max(1.2 * blind.hit_rate, seeing.hit_rate)
+    assert shared.hit_rate == pytest.approx(seeing_shared.hit_rate, abs=0.01)
+    assert seeing_shared.predicted_hit_rate == pytest.approx(seeing_shared.hit_rate, abs=0.01)
+
+
+@pytest.mark.parametrize("blocks", [40, 60, 90])
+def test_who_waits_for_blocks_of_a_shared_cache_gets_those_that_another_worker_gives_back(plugins: Plugins, blocks: int) -> None:
+    """Fewer blocks than are wanted at once: workers wait for each other's."""
+    random = np.random.default_rng(blocks)
+    lines = [Line(int(random.integers(64, 2500)), int(random.integers(1, 900)), [*range(10 * i, 10 * i + 5)], float(i)) for i in range(200)]
+    outcome, _ = replayed(plugins, build(lines), Use("round-robin"), shared_cache=True, limits=Limits(total_blocks=blocks, block_size=64))
+    fits = np.array([line.input_length + line.output_length for line in lines]) <= blocks * 64
+    assert np.isnan(outcome.done).tolist() == (~fits).tolist()
+    assert outcome.preempted > 0
+
+
 def test_a_closed_loop_keeps_so_many_requests_in_progress(plugins: Plugins) -> None:
     trace = chats(120, seed=1)
     outcome, _ = replayed(plugins, trace, Use("least-loaded"), concurrency=7)

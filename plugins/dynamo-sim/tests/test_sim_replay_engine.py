@@ -42,7 +42,7 @@ Work = list[tuple[float, list[int], int]]
 
 def by_jumps(work: Work, limits: Limits, timing: Timing) -> tuple[Times, BlockEngine, Seen]:
     seen = Seen()
-    engine = BlockEngine(limits, timing, seen)
+    engine = BlockEngine(limits, timing, seen, BlockCache(limits.total_blocks, watched=True))
     arrivals = list(enumerate(work))
     now = 0.0
     while arrivals or engine.end < math.inf:
@@ -134,7 +134,7 @@ def test_many_decode_steps_at_once_take_as_long_as_one_by_one(timing: Timing, re
 
 def test_a_budget_below_one_token_for_each_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="max_batched_tokens"):
-        BlockEngine(Limits(max_sequences=64, max_batched_tokens=32), Fixed(1.0), Seen())
+        BlockEngine(Limits(max_sequences=64, max_batched_tokens=32), Fixed(1.0), Seen(), BlockCache(64, watched=False))
 
 
 @settings(max_examples=150, deadline=None)

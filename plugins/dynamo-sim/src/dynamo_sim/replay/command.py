@@ -26,6 +26,7 @@ from dynamo_sim.scheduler import Limits
 
 _STACK = "A configuration file, or a policy: kv, kv:prefill_scale=16. Repeat it to compare."
 _CLOSED = "Closed loop: so many requests are always in progress; arrival times are ignored."
+_SHARED = "One cache for all workers, as large as theirs together: what better placing could bring at most."
 HEARTBEAT = 10.0
 """Seconds between two lines about the progress when nobody sits at a terminal."""
 
@@ -49,6 +50,7 @@ def replay(
     event_lag: Annotated[float, Parameter(name="--event-lag", help="Milliseconds until routers hear of what caches store and remove.")] = 0.0,
     trace_block_size: Annotated[int, Parameter(name="--trace-block-size", help="Tokens of one hash id.")] = BLOCK,
     limit: Annotated[int | None, Parameter(name="--limit", show_default=False, help="Only so many requests, the first.")] = None,
+    shared_cache: Annotated[bool, Parameter(name="--shared-cache", negative=(), show_default=False, help=_SHARED)] = False,
     seed: Annotated[int, Parameter(name="--seed", help="Of ties and chance in the routers.")] = 0,
     plot: Annotated[Path | None, Parameter(name="--plot", show_default=False, help="Draw distributions into this PNG file.")] = None,
     json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False, help="Print JSON for programs.")] = False,
@@ -61,7 +63,7 @@ def replay(
     options = _options(
         lambda: Options(
             workers, Limits(total_blocks=blocks, block_size=block_size, max_sequences=max_sequences, max_batched_tokens=max_batched_tokens), timing,
-            engine_speedup, rate, concurrency, frontends, share, event_lag, seed,
+            engine_speedup, rate, concurrency, frontends, share, event_lag, seed, shared_cache,
         )
     )
     if max_batched_tokens < max_sequences:
@@ -73,6 +75,7 @@ def replay(
         outcomes[name] = _watched(name, requests, router, plugins, options, quiet=json)
     reports = [report(name, requests, outcome) for name, outcome in outcomes.items()]
     title = f"{requests.name}: {len(requests)} requests, {workers} workers, " + (f"{concurrency} at once" if concurrency else f"rate {rate:g}") + f", {timing}"
+    title += ", one cache for all" if shared_cache else ""
     if json:
         sys.stdout.write(jsonlib.dumps({"trace": str(trace), "options": attrs.asdict(options), "stacks": [r.to_dict() for r in reports]}, indent=2) + "\n")
     else:

@@ -64,10 +64,11 @@ class Watcher(Protocol):
 class BlockEngine:
     """One worker. The caller lets time pass: `begin` says when the steps in hand end, and `finish` is called then."""
 
-    def __init__(self, limits: Limits, timing: Timing, watcher: Watcher, *, cache_events: bool = True, speedup: float = 1.0) -> None:
+    def __init__(self, limits: Limits, timing: Timing, watcher: Watcher, cache: BlockCache, *, speedup: float = 1.0) -> None:
+        """:param cache: its own, or one that it shares; then see `retry`."""
         if limits.max_batched_tokens < limits.max_sequences:
             raise ValueError(f"max_batched_tokens ({limits.max_batched_tokens}) must be at least max_sequences ({limits.max_sequences})")
-        self.cache = BlockCache(limits.total_blocks, watched=cache_events)
+        self.cache = cache
         self.end = math.inf
         """When the steps in hand end, in milliseconds; infinite while it is idle."""
         self.busy = 0.0
@@ -104,7 +105,8 @@ class BlockEngine:
 
     def load(self) -> Load:
         waiting = sum(job.prompt + job.generated for job in self._waiting)
-        return Load(len(self._running), len(self._waiting), self.cache.used, self._limits.total_blocks, waiting)
+        total = self._limits.total_blocks
+        return Load(len(self._running), len(self._waiting), self.cache.used * total // self.cache.total, total, waiting)
 
     def add(self, job: Job, now: float) -> None:
         """Queue a request. The caller calls `begin` if the engine was idle; otherwise `end` may have come nearer."""
@@ -114,6 +116,15 @@ class BlockEngine:
         self._waiting.append(job)
         if self._ahead > 1 and not self._blocked:
             self._cut(now)
+
+    def retry(self, now: float) -> bool:
+        """Others gave back blocks of a shared cache. Returns whether something waits here that may start with them; then see `add`."""
+        if not self._blocked or not self._waiting:
+            return False
+        self._blocked = False
+        if self._ahead > 1:
+            self._cut(now)
+        return True
 
     def _cut(self, now: float) -> None:
         """End the steps in hand with the one that is under way: something waits."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dynamo_core.config import Router as RouterConfig
 from dynamo_core.errors import NoWorker
 from dynamo_core.plugins import Plugins
+from dynamo_sim.replay.cache import BlockCache
 from dynamo_sim.replay.engine import BlockEngine, Job
 from dynamo_sim.replay.fleet import Placed, Routers
 from dynamo_sim.replay.trace import Trace
@@ -47,6 +48,8 @@ class Options:
     event_lag_ms: float = attrs.field(default=0.0, validator=v.ge(0))
     """How late routers hear of what caches store and remove."""
     seed: int = 0
+    shared_cache: bool = False
+    """All workers use one cache, as large as theirs together: what nobody's placing of prompts can do better than."""
 
     def make_timing(self) -> Timing:
         match self.timing:
@@ -111,9 +114,9 @@ class _Run:
         self.size = options.limits.block_size
         self.routers = Routers(config, plugins, workers, options.limits, count=options.frontends, share=options.share, seed=options.seed)
         timing = options.make_timing()
-        self.engines = [
-            BlockEngine(options.limits, timing, self, cache_events=self.routers.takes_changes, speedup=options.engine_speedup) for _ in range(workers)
-        ]
+        caches = 1 if options.shared_cache else workers
+        self.caches = [BlockCache(options.limits.total_blocks * workers // caches, watched=self.routers.takes_changes) for _ in range(caches)]
+        self.engines = [BlockEngine(options.limits, timing, self, self.caches[row % caches], speedup=options.engine_speedup) for row in range(workers)]
         self.arrived = np.full(count, np.nan)
         self.first = np.full(count, np.nan)
         self.done = np.full(count, np.nan)
@@ -150,6 +153,8 @@ class _Run:
                 self._begin(now)
                 continue
             if later == math.inf:
+                if self._retry(now):
+                    continue
                 if not routers.stir():
                     break
                 later = now + 1000.0  # all is quiet, and somebody waits: until its time is up
@@ -160,6 +165,7 @@ class _Run:
                 engines[row].finish()
                 self.ready.append(row)
                 self._tell(row, now)
+                self._retry(now)
                 self._release(now)
             elif arrivals and arrivals[0][0] == now:
                 self._arrive(heappop(arrivals)[1], now)
@@ -245,11 +251,27 @@ class _Run:
                 if engine.end != math.inf:
                     heappush(self.ends, (engine.end, row))
 
+    def _retry(self, now: float) -> bool:
+        """What one worker gave back may be what another waits for, if they share a cache. Returns whether anybody tries again."""
+        if not self.options.shared_cache:
+            return False
+        trying = False
+        for row, engine in enumerate(self.engines):
+            before = engine.end
+            if engine.retry(now):
+                trying = True
+                if before == math.inf:
+                    self.ready.append(row)
+                elif engine.end < before:
+                    heappush(self.ends, (engine.end, row))
+        return trying
+
     def _tell(self, row: int, now: float) -> None:
         """What a worker publishes at the end of a step."""
         engine = self.engines[row]
         if self.routers.takes_changes and (changes := engine.cache.drain()):
-            self.news.append((now + self.options.event_lag_ms, row, changes))
+            holders = range(len(self.engines)) if self.options.shared_cache else (row,)
+            self.news.extend((now + self.options.event_lag_ms, holder, changes) for holder in holders)
         if self.routers.takes_load and (engine.idle or now - self.reported[row] >= LOAD_INTERVAL):
             self.reported[row] = now
             self.routers.reported(row, engine.load())
