@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import attrs
@@ -63,6 +63,9 @@ class Rows(Generic[S]):
 
     def get(self, worker: Worker) -> S | None:
         return self._of.get(worker)
+
+    def all(self) -> Iterable[S]:
+        return self._of.values()
 
     def __call__(self, workers: Sequence[Worker]) -> list[S]:
         """A worker that never joined gets a state of its own that says nothing."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynamo_core.cards import ModelCard
 from dynamo_core.routing.contract import RoutingRequest, Worker
 from dynamo_core.types import Instance
 from dynamo_kv_router.fit import Prices
-from dynamo_kv_router.load_facts import BACKLOG, CONTEXT, DECODE_MS, DECODING, GENERATED, OUTPUT_TOKENS, PASS_MS, PREFILL_MS, SAMPLES, STEP_MS
-from dynamo_kv_router.model import EngineModel
+from dynamo_kv_router.load_facts import BACKLOG, CONTEXT, DECODE_MS, DECODING, GENERATED, OUTPUT_TOKENS, PASS_MS, PREFILL_MS, RECENT, SAMPLES, STEP_MS
+from dynamo_kv_router.model import LATE, EngineModel
 
 INSTANCE = Instance(id=1, namespace="n", component="c", endpoint="e", address="a")
 W = Worker(1)
@@ -83,6 +86,35 @@ def test_backlog_shrinks_as_time_passes_and_ends_with_the_first_token(engine):
     engine.first_token("b", W, 9_000)
     assert column(engine, BACKLOG) == 0.0
     assert column(engine, DECODING) == 2
+
+
+def test_what_was_sent_counts_less_and_less_whether_it_is_done_or_not(engine):
+    engine.booked(ask("a", 10_000), W, 0)
+    whole = column(engine, RECENT)
+    assert whole == column(engine, BACKLOG) > 0
+    engine.now = LATE
+    assert column(engine, RECENT) == pytest.approx(whole / math.e)
+    engine.first_token("a", W, 0)
+    engine.finished("a", W, "done")
+    assert column(engine, RECENT) == pytest.approx(whole / math.e)
+    engine.now = 100 * LATE
+    assert column(engine, RECENT) == pytest.approx(0.0, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(0, 2_000), st.integers(0, 1), st.integers(1, 20_000)), max_size=30))
+def test_recent_work_is_the_sum_of_what_is_left_of_each_request(sent):
+    """Over hours, too, and for each worker by itself."""
+    engine, other, told = Clocked(), Worker(2), []
+    engine.clock = lambda: engine.now
+    for worker in (W, other):
+        engine.joined(worker, INSTANCE, ModelCard(name="m", engine="x"))
+    for i, (later, row, tokens) in enumerate(sent):
+        engine.now += later
+        engine.booked(ask(str(i), tokens), (W, other)[row], 0)
+        told.append((engine.now, row, tokens))
+    now = engine.now = engine.now + 7.0
+    whole = [sum((15.0 + 0.02 * n + 5e-7 * n * n / 2) * math.exp((at - now) / LATE) for at, r, n in told if r == row) for row in (0, 1)]
+    assert list(engine.columns(ask("?", 100), [W, other])[RECENT]) == pytest.approx(whole, rel=1e-6, abs=1e-9)
 
 
 def test_prefill_and_decode_are_learned_from_what_is_seen(engine):

@@ -8,6 +8,7 @@ Workers with alike cards share one fit. It needs nothing of the engine but the t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from dynamo_kv_router.load_facts import (
     OUTPUT_TOKENS,
     PASS_MS,
     PREFILL_MS,
+    RECENT,
     SAMPLES,
     SEQUENCE_MS,
     STEP_MS,
@@ -44,6 +46,9 @@ tokens that are told of at once, whenever they came."""
 ALIKE = 0.2
 """Share of what a prefill should cost; if it ends sooner after another one, the two shared a pass. News of one pass do not come all at once: this process
 has other work, and what other frontends sent there is heard of on another way."""
+
+LATE = 60.0
+"""Seconds after which what was sent counts for a third: longer than a burst, shorter than a conversation."""
 
 
 class Fit:
@@ -89,6 +94,8 @@ class _Account:
     generated: int = 0
     promised: float = 0.0
     """Milliseconds of prefill that waits in the router's queue for this worker."""
+    sent: float = 0.0
+    """Milliseconds of prefill that were sent, each `exp(seconds since the model's epoch / LATE)` times: all fade by one factor."""
     free_at: float = 0.0
     """When the last pass ended, as far as is known."""
     prefills: int = 0
@@ -116,8 +123,9 @@ class EngineModel:
 
     remember: float = attrs.field(default=500.0, validator=v.ge(10))
     """Samples after which an old one counts for a third."""
-    provides = (BACKLOG, DECODING, CONTEXT, GENERATED, PASS_MS, PREFILL_MS, ATTENTION_MS, STEP_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, SAMPLES)
+    provides = (BACKLOG, RECENT, DECODING, CONTEXT, GENERATED, PASS_MS, PREFILL_MS, ATTENTION_MS, STEP_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, SAMPLES)
     clock: Callable[[], float] = attrs.field(default=time.monotonic, init=False, eq=False, repr=False)
+    _epoch: float = attrs.field(default=0.0, init=False, eq=False, repr=False)
     _rows: Rows[_Account] = attrs.field(factory=lambda: Rows(_Account), init=False, eq=False, repr=False)
     _promised: list[_Account] = attrs.field(factory=list, init=False, eq=False, repr=False)
     _fits: dict[tuple[Any, ...], Fit] = attrs.field(factory=dict, init=False, eq=False, repr=False)
@@ -138,7 +146,10 @@ class EngineModel:
         if account is None or request.id in account.waiting or request.id in account.decoding:
             return
         prompt = request.prompt_tokens or len(request.token_ids)
-        job = _Job(prompt, max(1, prompt - overlap_tokens), self.clock())
+        now = self.clock()
+        job = _Job(prompt, max(1, prompt - overlap_tokens), now)
+        faded = self._faded(now)  # first: it may change what `sent` means
+        account.sent += account.fit.prefill.estimate((1.0, job.uncached, job.pairs)) / faded
         account.waiting[request.id] = job
         account.uncached += job.uncached
         account.pairs += job.pairs
@@ -211,14 +222,26 @@ class EngineModel:
             account.promised = 0.0
         self._promised.clear()
 
+    def _faded(self, now: float) -> float:
+        """What is left of something that was sent at the epoch. The epoch moves before numbers grow out of bounds."""
+        faded = math.exp((self._epoch - now) / LATE)
+        if now - self._epoch < 10 * LATE:
+            return faded
+        for account in self._rows.all():
+            account.sent *= faded
+        self._epoch = now
+        return 1.0
+
     # -------------------------------------------------------------- what is told
 
     def columns(self, request: RoutingRequest, workers: Sequence[Worker]) -> Mapping[Fact[Any], Sequence[Any]]:
         accounts, now = self._rows(workers), self.clock()
+        faded = self._faded(now)
         prefill = [a.fit.prefill.values for a in accounts]
         decode = [a.fit.decode.values for a in accounts]
         return {
             BACKLOG: tuple([a.backlog(now) if a.waiting else a.promised for a in accounts]),
+            RECENT: tuple([a.sent * faded for a in accounts]),
             DECODING: tuple([len(a.decoding) for a in accounts]),
             CONTEXT: tuple([a.context for a in accounts]),
             GENERATED: tuple([a.generated for a in accounts]),

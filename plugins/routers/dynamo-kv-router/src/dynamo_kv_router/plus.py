@@ -24,6 +24,7 @@ from dynamo_kv_router.load_facts import (
     PASS_MS,
     POTENTIAL_BLOCKS,
     PREFILL_MS,
+    RECENT,
     SEQUENCE_MS,
     STEP_MS,
 )
@@ -45,17 +46,21 @@ class KvPlus:
 
         work = prefill of the tokens that are not cached there, as learned from the engines
         cost = backlog_weight * backlog + work * (1 + work_weight + slowdown_weight * decoding)
-               + decode_weight * output * step cost of the context + memory_weight * time until enough of the KV cache is free
+               + decode_weight * output * step cost of the context
+               + recent_weight * work without a cache * what was sent there of late, over the mean
+               + memory_weight * time until enough of the KV cache is free
     """
 
     backlog_weight: float = _weight(3.0)
     """Of the time for which others prefill there first. Above 1, requests rather wait in the router's queue, where short ones pass and news counts."""
     work_weight: float = _weight(1.2)
     """Of the work beyond the time that it takes: it delays requests that are yet to come, and fills a cache."""
-    slowdown_weight: float = _weight(0.05)
+    slowdown_weight: float = _weight(0.1)
     """Of the same work, for each request that decodes there and is delayed by it. Above this, answers end sooner and start later."""
     decode_weight: float = _weight(0.05)
     """Of the decode time that the request will spend, and costs others, because of the context on the worker."""
+    recent_weight: float = _weight(0.5)
+    """Of the prefill of the whole prompt, for a worker that was sent as much as others of late; above that, more. What comes again spreads."""
     memory_weight: float = _weight(3.0)
     """Of the time for which the request would wait for others to end, where what is in use of the KV cache leaves too little for it."""
     host_weight: float = _weight(0.75)
@@ -67,7 +72,7 @@ class KvPlus:
 
     scale = "raw"
     needs = (
-        OVERLAP_TOKENS, HOST_OVERLAP_TOKENS, DISK_OVERLAP_TOKENS, EXTERNAL_OVERLAP_TOKENS, ACTIVE_OVERLAP_TOKENS, BACKLOG, DECODING, CONTEXT,
+        OVERLAP_TOKENS, HOST_OVERLAP_TOKENS, DISK_OVERLAP_TOKENS, EXTERNAL_OVERLAP_TOKENS, ACTIVE_OVERLAP_TOKENS, BACKLOG, RECENT, DECODING, CONTEXT,
         PASS_MS, PREFILL_MS, ATTENTION_MS, SEQUENCE_MS, DECODE_MS, OUTPUT_TOKENS, TAINTS, GENERATED, POTENTIAL_BLOCKS,
         STEP_MS, BLOCK_SIZE, TOTAL_BLOCKS,
     )
@@ -87,6 +92,11 @@ class KvPlus:
             output = np.maximum(LEAST_OUTPUT, self._output(request, _column(fleet[OUTPUT_TOKENS])))
             step = _column(fleet[DECODE_MS]) * (_column(fleet[CONTEXT]) + 0.5 * decoding * prompt) + _column(fleet[SEQUENCE_MS]) * decoding * 1.5
             cost = cost + self.decode_weight * output * step
+        if self.recent_weight:
+            recent = _column(fleet[RECENT])
+            whole = _column(fleet[PASS_MS]) + prompt * (_column(fleet[PREFILL_MS]) + 0.5 * prompt * _column(fleet[ATTENTION_MS]))
+            # One request alone is no imbalance, hence `whole` below the line, too.
+            cost = cost + self.recent_weight * recent * whole / np.maximum(recent.mean() + whole, 1e-9)
         if self.memory_weight:
             cost = cost + self.memory_weight * self._memory_wait(fleet)
         if preferred := request.hints.preferred_taints:
