@@ -38,7 +38,7 @@ def literal(w: KvPlus, prompt: int, row: dict[str, float], mean: float) -> float
     cost = w.backlog_weight * r["backlog"] + work * (1 + w.work_weight + w.slowdown_weight * r["decoding"])
     context = r["decode"] * (r["context"] + r["decoding"] * prompt / 2) + r["sequence"] * r["decoding"] * 1.5
     cost += w.decode_weight * max(r["output"], 300) * context
-    whole = r["pass"] + prompt * (r["prefill"] + r["attention"] * prompt / 2)
+    whole = prompt * (r["prefill"] + r["attention"] * prompt / 2)
     cost += w.recent_weight * whole * r["recent"] / (mean + whole)
     missing = r["size"] * r["potential"] + r["generated"] - 0.97 * r["size"] * r["total"]
     if missing > 0:

@@ -16,7 +16,9 @@ BACKLOG: Fact[float] = Fact(
     "engine.backlog", float, "ms",
     "Estimated prefill work that was sent and has not ended, less what the first of it must have got; and what waits in the router's queue for the worker.",
 )
-RECENT: Fact[float] = Fact("engine.recent", float, "ms", "Estimated prefill work that was sent of late, done or not; after a minute a third of it counts.")
+RECENT: Fact[float] = Fact(
+    "engine.recent", float, "ms", "Estimated prefill of all tokens that were sent of late and not cached, done or not; after a minute a third of it counts."
+)
 DECODING: Fact[int] = Fact("engine.decoding", int, "{sequence}", "Requests sent by this process that have had their first token.")
 CONTEXT: Fact[int] = Fact("engine.context", int, "{token}", "Prompt and output tokens of all requests in progress.")
 GENERATED: Fact[int] = Fact("engine.generated", int, "{token}", "Output tokens so far of all requests in progress.")

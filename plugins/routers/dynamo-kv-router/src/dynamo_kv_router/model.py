@@ -95,7 +95,7 @@ class _Account:
     promised: float = 0.0
     """Milliseconds of prefill that waits in the router's queue for this worker."""
     sent: float = 0.0
-    """Milliseconds of prefill that were sent, each `exp(seconds since the model's epoch / LATE)` times: all fade by one factor."""
+    """Milliseconds of prefill that were sent, passes apart, each `exp(seconds since the model's epoch / LATE)` times: all fade by one factor."""
     free_at: float = 0.0
     """When the last pass ended, as far as is known."""
     prefills: int = 0
@@ -149,7 +149,7 @@ class EngineModel:
         now = self.clock()
         job = _Job(prompt, max(1, prompt - overlap_tokens), now)
         faded = self._faded(now)  # first: it may change what `sent` means
-        account.sent += account.fit.prefill.estimate((1.0, job.uncached, job.pairs)) / faded
+        account.sent += account.fit.prefill.estimate((0.0, job.uncached, job.pairs)) / faded
         account.waiting[request.id] = job
         account.uncached += job.uncached
         account.pairs += job.pairs

@@ -94,8 +94,8 @@ class KvPlus:
             cost = cost + self.decode_weight * output * step
         if self.recent_weight:
             recent = _column(fleet[RECENT])
-            whole = _column(fleet[PASS_MS]) + prompt * (_column(fleet[PREFILL_MS]) + 0.5 * prompt * _column(fleet[ATTENTION_MS]))
-            # One request alone is no imbalance, hence `whole` below the line, too.
+            whole = prompt * (_column(fleet[PREFILL_MS]) + 0.5 * prompt * _column(fleet[ATTENTION_MS]))
+            # Whoever is alone in the fleet keeps its worker, however often it asks: what it has sent of late is hardly more than its prompt.
             cost = cost + self.recent_weight * recent * whole / np.maximum(recent.mean() + whole, 1e-9)
         if self.memory_weight:
             cost = cost + self.memory_weight * self._memory_wait(fleet)
