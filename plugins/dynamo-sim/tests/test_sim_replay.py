@@ -73,10 +73,11 @@ def test_late_news_of_caches_costs_hits_only_if_nothing_is_foretold(plugins: Plu
     assert late < now
 
 
-@pytest.mark.parametrize("opening", [300, 4000, 30_000])
-def test_a_conversation_that_is_alone_in_the_fleet_stays_with_its_worker(plugins: Plugins, opening: int) -> None:
-    """However many workers there are to go to, and however fast it comes back."""
-    lengths = [opening + 200 * turn for turn in range(40)]
+@pytest.mark.parametrize("more", [0, 200])
+@pytest.mark.parametrize("opening", [200, 4000, 30_000])
+def test_who_is_alone_in_the_fleet_stays_with_its_worker(plugins: Plugins, opening: int, more: int) -> None:
+    """However many workers there are to go to, and however often the same prompt comes back, longer or not."""
+    lengths = [opening + more * turn for turn in range(40)]
     lines = [Line(tokens, 20, list(range(-(-tokens // 512))), 1500.0 * turn) for turn, tokens in enumerate(lengths)]
     outcome, _ = replayed(plugins, build(lines), Use("kv-plus"), workers=24)
     assert len(set(outcome.worker.tolist())) == 1
