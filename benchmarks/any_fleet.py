@@ -134,6 +134,9 @@ def main() -> int:
         for (number, stack), task in tasks.items():
             abouts[number], results.setdefault(number, {})[stack] = task.result()
     calm = {n: r for n, r in results.items() if r[stacks[0]].ttft_ms.mean < OVERLOADED and not any(each.refused for each in r.values())}
+    if not calm:
+        print("every draw is overloaded")
+        return 1
     print(f"{len(calm)} of {len(results)} draws of {options.requests} requests; the others are overloaded. Ratio to {stacks[0]}: geometric mean, and the greatest")
     print(f"{'':32}" + "".join(f"{name:>16}" for name in MEASURES) + "   more than 5 % worse: TTFT, its p99, e2e")
     for stack in stacks[1:]:

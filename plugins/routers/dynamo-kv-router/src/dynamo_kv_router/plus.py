@@ -85,7 +85,8 @@ class KvPlus:
                 cached = cached + weight * _column(held)
         # An engine computes the last token of a prompt always.
         uncached = np.maximum(1.0, prompt - cached)
-        work = _column(fleet[PASS_MS]) + uncached * (_column(fleet[PREFILL_MS]) + _column(fleet[ATTENTION_MS]) * (prompt - 0.5 * uncached))
+        prefill, attention = _column(fleet[PREFILL_MS]), _column(fleet[ATTENTION_MS])
+        work = _column(fleet[PASS_MS]) + uncached * (prefill + attention * (prompt - 0.5 * uncached))
         decoding = _column(fleet[DECODING])
         cost = self.backlog_weight * _column(fleet[BACKLOG]) + work * (1.0 + self.work_weight + self.slowdown_weight * decoding)
         if self.decode_weight and request.role != "prefill":
@@ -94,7 +95,7 @@ class KvPlus:
             cost = cost + self.decode_weight * output * step
         if self.recent_weight:
             recent = _column(fleet[RECENT])
-            whole = prompt * (_column(fleet[PREFILL_MS]) + 0.5 * prompt * _column(fleet[ATTENTION_MS]))
+            whole = prompt * (prefill + 0.5 * prompt * attention)
             # Whoever is alone in the fleet keeps its worker, however often it asks: what it has sent of late is hardly more than its prompt.
             cost = cost + self.recent_weight * recent * whole / np.maximum(recent.mean() + whole, 1e-9)
         if self.memory_weight:
